@@ -1,0 +1,1 @@
+"""Callbacks for training frameworks; installed as ft_launcher.integrations."""
