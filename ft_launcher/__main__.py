@@ -1,0 +1,5 @@
+"""`python -m ft_launcher` is the command ft_launcher."""
+
+from ft_launcher.launcher import main
+
+main()

@@ -1,0 +1,307 @@
+"""torch's elastic agent, told more and woken sooner: it waits for events, and its stops keep their promises.
+
+Everything else is torch's: the loop, the start of workers, their environment, logs, events and metrics. The private
+methods overridden here have not changed from torch 2.6 to 2.15; tests/torch_contract pins them.
+"""
+
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from ft_launcher import processes, procfs
+from ft_launcher.causes import (
+    Cause,
+    Excluded,
+    Hung,
+    MonitorsFailed,
+    OutOfMemory,
+    ShutDown,
+    Signalled,
+    Unkillable,
+    from_returncode,
+    sentence,
+    worst,
+)
+from ft_launcher.messages import (
+    ControlRequested,
+    FromMonitor,
+    RankConnected,
+    RankHung,
+    RankUnkillable,
+    WorkloadAction,
+)
+from ft_launcher.monitors import CHECK_SECONDS, MonitorsFailedError, RankMonitors
+from ft_launcher.rank_monitor_client import SOCKET_ENV
+from ft_launcher.signals import StopSignals
+
+__all__ = ["FtAgent"]
+
+logger = logging.getLogger(__name__)
+
+
+class FtAgent(LocalElasticAgent):
+    """The agent of one node. `cause` says afterwards why the job ended, None for success."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs_specs: Any,
+        monitors: RankMonitors,
+        signals: StopSignals,
+        *,
+        wake_every: float | None,
+        stop_grace: float,
+        signal_grace: float,
+        **torch_arguments: Any,
+    ) -> None:
+        """`wake_every`: seconds between looks at what gives no event (None: 2). The graces run from SIGTERM to SIGKILL:
+        `stop_grace` before a restart or after a failure, `signal_grace` after a signal to the launcher.
+        """
+        super().__init__(spec=spec, logs_specs=logs_specs, **torch_arguments)
+        self.cause: Cause | None = None
+        self.causes: dict[int, Cause] = {}
+        self.any_connected = False
+        self.exit_codes: dict[int, int] = {}
+        self._monitors = monitors
+        self._wake_every = CHECK_SECONDS if wake_every is None else min(wake_every, CHECK_SECONDS)
+        self._stop_grace = stop_grace
+        self._signal_grace = signal_grace
+        self._signals = signals
+        self._ranks: dict[int, processes.Process] = {}
+        self._hangs: dict[int, RankHung] = {}
+        self._decision: Cause | None = None
+        self._oom_kills = 0
+        self._host = socket.gethostname()
+
+    # -- torch's seams --------------------------------------------------------------------------------------------
+
+    def _setup_local_watchdog(self, envs: dict[int, dict[str, str]]) -> None:
+        # Torch's last step before it starts the workers, with the environments that they will get; keyed by the true
+        # local rank, which LOCAL_RANK is not under --virtual-local-rank.
+        super()._setup_local_watchdog(envs)
+        self._monitors.restore_sockets()
+        for local_rank, env in envs.items():
+            env[SOCKET_ENV] = self._monitors.socket_path(local_rank)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        started_at = time.monotonic()
+        self._oom_kills = procfs.oom_kill_count() or 0
+        self._hangs.clear()
+        self.causes = {}
+        pids: dict[int, int] = super()._start_workers(worker_group)
+        # Torch's context has put its own handlers in place.
+        self._signals.install()
+        self._ranks = {local_rank: processes.Process(pid) for local_rank, pid in pids.items()}
+        ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
+        stacks = {local_rank: self._stacks_path(local_rank) for local_rank in pids}
+        self._monitors.ranks_started(self._ranks, started_at, stacks)
+        logger.info(
+            "restart %d: started %s",
+            worker_group.spec.max_restarts - self._remaining_restarts,
+            ", ".join(f"rank {ranks[local_rank]} (pid {pid})" for local_rank, pid in pids.items()),
+        )
+        return pids
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        try:
+            self._wait()
+            # The exit codes first, then the monitors: what a rank asked for before it died is then surely there.
+            codes = self._exit_codes()
+            self._hear(worker_group)
+            return self._judge(worker_group, codes)
+        except SignalException as received:
+            self._stop(received.sigval, self._signal_grace)
+            raise
+
+    def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
+        self._stop(signal.SIGTERM, self._stop_grace)
+        super()._stop_workers(worker_group, *args, **kwargs)
+
+    # -- waiting and judging --------------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        running = [rank.pidfd for rank in self._ranks.values() if not rank.is_gone()]
+        if not running or self._failed(self._exit_codes()):
+            return
+        poll = select.poll()
+        for fd in (*running, *self._monitors.filenos()):
+            poll.register(fd, select.POLLIN)
+        poll.poll(self._wake_every * 1000)
+
+    def _exit_codes(self) -> dict[int, int | None]:
+        """The workers' return codes by local rank; None: running, or not a child that can be asked."""
+        if isinstance(self._pcontext, SubprocessContext):
+            return {rank: each.proc.poll() for rank, each in self._pcontext.subprocess_handlers.items()}
+        return {}
+
+    @staticmethod
+    def _failed(codes: Mapping[int, int | None]) -> list[int]:
+        return [local_rank for local_rank, code in codes.items() if code]
+
+    def _hear(self, worker_group: WorkerGroup) -> None:
+        try:
+            for local_rank, message in self._monitors.hear():
+                self._heed(worker_group, local_rank, message)
+        except MonitorsFailedError as error:
+            self._decide(MonitorsFailed(str(error)))
+
+    def _heed(self, worker_group: WorkerGroup, local_rank: int, message: FromMonitor) -> None:
+        who = self._who(worker_group, local_rank)
+        match message:
+            case RankConnected():
+                self.any_connected = True
+                self._monitors.job_connected()
+            case RankHung():
+                self._hangs[local_rank] = message
+                where = f"; its stacks are in {message.stacks_path}" if message.stacks_path else ""
+                logger.error("%s: %s; killing%s", who, message.cause, where)
+            case RankUnkillable(pid=pid, state=state):
+                self._decide(Unkillable(pid, state))
+            case ControlRequested(action=action, description=description):
+                logger.warning("%s asks: %s%s", who, action.name, f" ({description})" if description else "")
+                if action is WorkloadAction.ShutdownWorkload:
+                    self._decide(ShutDown(description))
+                elif action is WorkloadAction.ExcludeThisNode:
+                    self._decide(Excluded(description))
+            case _:
+                pass
+
+    def _decide(self, cause: Cause) -> None:
+        """The job ends for `cause`, which counts only if nothing was decided before."""
+        if self._decision is None:
+            self._decision = cause
+            # Torch's own way to end a run without a restart (its check for processes in uninterruptible sleep).
+            self._remaining_restarts = 0
+
+    def _judge(self, worker_group: WorkerGroup, codes: Mapping[int, int | None]) -> RunResult:
+        failed = self._failed(codes)
+        if self._decision is None and not failed:
+            if not codes and any(rank.is_gone() for rank in self._ranks.values()):
+                # Functions (--run-path): a process that ended before torch asked it to has failed, and torch knows why.
+                self._stop(signal.SIGTERM, self._stop_grace)
+            result: RunResult = super()._monitor_workers(worker_group)
+            if result.state == WorkerState.SUCCEEDED:
+                self._stop(signal.SIGTERM, self._stop_grace)
+            return result
+        failures = self._failures(worker_group, failed)
+        self._stop(signal.SIGTERM, self._stop_grace)
+        self._hear(worker_group)
+        stopped = [local_rank for local_rank in self._failed(self._exit_codes()) if local_rank not in failed]
+        others = self._failures(worker_group, stopped, by_us=True)
+        self.cause = self._decision or worst(self.causes[local_rank] for local_rank in failed)
+        if self._decision is not None:
+            logger.error("ending the job: %s", sentence(self._decision))
+        return RunResult(state=WorkerState.FAILED, failures=failures | others)
+
+    # -- saying why -----------------------------------------------------------------------------------------------
+
+    def _failures(
+        self, worker_group: WorkerGroup, local_ranks: Iterable[int], *, by_us: bool = False
+    ) -> dict[int, ProcessFailure]:
+        """Torch's record of these failed workers by global rank, with the cause in words where torch knows none."""
+        context = self._pcontext
+        if not isinstance(context, SubprocessContext):
+            return {}
+        failures = {}
+        for local_rank in local_ranks:
+            process = context.subprocess_handlers[local_rank].proc
+            code: int = process.returncode
+            cause = self._cause_of(local_rank, code, by_us=by_us)
+            self.causes[local_rank] = cause
+            failure = ProcessFailure(local_rank, process.pid, code, context.error_files[local_rank])
+            if isinstance(failure.message, str):
+                failure.message = sentence(cause)
+            if not by_us:
+                logger.error("%s: %s%s", self._who(worker_group, local_rank), sentence(cause), self._log(local_rank))
+            failures[worker_group.workers[local_rank].global_rank] = failure
+        return failures
+
+    def _cause_of(self, local_rank: int, code: int, *, by_us: bool) -> Cause:
+        if local_rank in self._hangs:
+            return Hung(self._hangs[local_rank].cause)
+        if code == -signal.SIGKILL and not by_us:
+            kills = procfs.oom_kill_count()
+            if kills is not None and kills > self._oom_kills:
+                return OutOfMemory(procfs.memory_limit())
+            return Signalled(signal.SIGKILL, oom_counted=kills is not None)
+        return from_returncode(code, by="us" if by_us else "unknown")
+
+    def _who(self, worker_group: WorkerGroup, local_rank: int) -> str:
+        worker = worker_group.workers[local_rank]
+        return f"rank {worker.global_rank} (pid {worker.id}, node {self._host})"
+
+    def _log(self, local_rank: int) -> str:
+        context = self._pcontext
+        if context is None:
+            return ""
+        files = [context.stderrs.get(local_rank), context.stdouts.get(local_rank), context.error_files.get(local_rank)]
+        there = [each for each in files if each and each != os.devnull and Path(each).exists()]
+        return f"; see {there[0]}" if there else ""
+
+    def _stacks_path(self, local_rank: int) -> str:
+        context = self._pcontext
+        error_file = context.error_files[local_rank] if context is not None else ""
+        if not error_file or error_file == os.devnull:
+            return os.devnull
+        return str(Path(error_file).absolute().with_name("stacks.txt"))
+
+    # -- stopping -------------------------------------------------------------------------------------------------
+
+    def _stop(self, death_signal: signal.Signals, grace: float) -> None:
+        """End all workers and everything that they have started; return when all is gone, or cannot be killed."""
+        if not self._ranks:
+            return
+        # From here on the launcher decides how long they may take: no monitor cuts a save short.
+        self._monitors.ranks_ended()
+        ranks, self._ranks = self._ranks, {}
+        survivors = processes.kill_tree(
+            list(ranks.values()),
+            markers=[self._monitors.marker(local_rank) for local_rank in ranks],
+            exclude=self._monitors.pids(),
+            signum=death_signal,
+            grace=grace,
+        )
+        self.exit_codes = {rank: code for rank, code in self._exit_codes().items() if code is not None}
+        survivors += self._kill_orphans()
+        for rank in ranks.values():
+            rank.close()
+        for survivor in survivors:
+            self._decide(Unkillable(survivor.pid, survivor.state, survivor.name))
+
+    def _kill_orphans(self) -> list[processes.Survivor]:
+        """End what came back to the launcher when its parent died: daemons that nothing ties to a rank any more."""
+        survivors: list[processes.Survivor] = []
+        keep = self._monitors.pids() | (set() if self._pcontext is None else set(self._pcontext.pids().values()))
+        while adopted := processes.orphans(os.getpid(), keep):
+            roots = [_held(pid) for pid in adopted]
+            there = [root for root in roots if root is not None]
+            survivors += processes.kill_tree(there, exclude=keep, signum=signal.SIGKILL, grace=0.0)
+            for root in there:
+                root.close()
+            # Those that cannot be killed stay; the rest is gone, and may have left more behind.
+            keep |= {survivor.pid for survivor in survivors}
+            processes.reap(adopted)
+        return survivors
+
+    def clean_up(self) -> None:
+        """Leave nothing behind, whatever ended the run. The launcher's signals must be ignored by now."""
+        self._stop(signal.SIGKILL, 0.0)
+        self._kill_orphans()
+
+
+def _held(pid: int) -> processes.Process | None:
+    try:
+        return processes.Process(pid)
+    except ProcessLookupError:
+        return None

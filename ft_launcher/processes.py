@@ -1,0 +1,252 @@
+"""Finds, signals, kills and reaps everything that a rank has started."""
+
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Collection, Iterable
+from time import monotonic
+
+from msgspec import Struct
+
+from ft_launcher.procfs import (
+    Entry,
+    ancestry,
+    belongs_to,
+    catches,
+    has_environment,
+    memory_limit,
+    oom_kill_count,
+    read_entry,
+    read_pids,
+    stacks_from_proc,
+    state,
+)
+
+__all__ = ["Process", "Survivor", "Tree", "become_subreaper", "belongs_to", "catches", "kill_orphans", "kill_tree",
+           "memory_limit", "oom_kill_count", "orphans", "reap", "stacks_from_proc", "state",
+           "wait_gone"]  # fmt: skip
+
+_PR_SET_CHILD_SUBREAPER = 36
+_EMPTY_PASSES = 3  # a fork bomb's next generation may hide from one pass over /proc, hardly from three in a row
+_SWEEP = 0.05  # seconds; look again so soon although something still lives, as it may be forking
+
+
+class Survivor(Struct, frozen=True):
+    """A process that SIGKILL did not end in time; `state` as /proc writes it, usually "D" (the kernel holds it)."""
+
+    pid: int
+    name: str
+    state: str
+
+
+def become_subreaper() -> None:
+    """From now on daemonised descendants become children of this process, not of init, when their parent dies."""
+    import ctypes  # 0.4 MB and 5 ms that the monitors, which import this module too, need not have
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+class Process:
+    """One process held by a pidfd: what is sent through it never reaches a later process of the same number."""
+
+    def __init__(self, pid: int, started: int | None = None) -> None:
+        """Raises `ProcessLookupError` if it is gone, or is not the one that started at `started`."""
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        try:
+            entry = read_entry(pid)
+            # It may have died, and its number have been given away, between the two lines above. While the pidfd can
+            # be signalled (a zombie can) the number is still its own, and so was the entry.
+            with contextlib.suppress(PermissionError):
+                signal.pidfd_send_signal(self.pidfd, 0)
+        except BaseException:
+            self.close()
+            raise
+        if entry is None or started not in (None, entry.started):
+            self.close()
+            raise ProcessLookupError(f"no process {pid} that started at {started}")
+        self.started, self.group, self.session = entry.started, entry.group, entry.session
+
+    def send(self, signum: int) -> None:
+        """Signal it. That it was gone, or that we may not, is no error: whoever must know looks whether it lives."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            signal.pidfd_send_signal(self.pidfd, signum)
+
+    def is_gone(self) -> bool:
+        """It has exited; perhaps nobody has reaped it yet."""
+        return not wait_gone([self.pidfd], 0.0)
+
+    def close(self) -> None:
+        """Let go of it; harmless twice."""
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def wait_gone(pidfds: Iterable[int], seconds: float) -> set[int]:
+    """Block until all these processes have exited (zombies have), at most so long; the pidfds of those alive."""
+    deadline = monotonic() + seconds
+    alive = set(pidfds)
+    poll = select.poll()
+    for pidfd in alive:
+        poll.register(pidfd, select.POLLIN)
+    while alive and (ready := poll.poll(max(0.0, deadline - monotonic()) * 1000)):
+        for pidfd, _ in ready:
+            poll.unregister(pidfd)
+            alive.discard(pidfd)
+    return alive
+
+
+class Tree:
+    """Everything that `roots` have started, found anew by each `look` and held by pidfds until `close`.
+
+    By parent links; by the sessions that were made in the tree, which a child cannot enter from outside; and by the
+    environment entries `markers` ("NAME=value"), which a daemon that gave up both keeps. A daemon that was also
+    started with a cleaned environment comes back to the launcher: see `orphans`. Never this process, its ancestors
+    or `exclude`.
+    """
+
+    def __init__(self, roots: Iterable[Process], *, markers: Iterable[str] = (), exclude: Collection[int] = ()) -> None:
+        self._markers = list(markers)
+        self._exclude = frozenset(exclude)
+        self._known = {(root.pid, root.started) for root in roots}
+        self._sessions = {root.session for root in roots if root.session == root.pid}
+        # A root that leads no session (a multiprocessing worker) shares the launcher's.
+        self._foreign = {root.session for root in roots} - self._sessions
+        self._held: dict[int, Process] = {}
+        # One look holds no more than half of the descriptors that we may open; the next finds what is left.
+        self._most = os.sysconf("SC_OPEN_MAX") // 2
+
+    def close(self) -> None:
+        """Let go of all members."""
+        while self._held:
+            self._held.popitem()[1].close()
+
+    def look(self) -> list[Process]:
+        """Its living members, by one pass over /proc; they stay open until the next look. May raise `OSError`."""
+        alive = wait_gone((member.pidfd for member in self._held.values()), 0.0)
+        for pid in [pid for pid, member in self._held.items() if member.pidfd not in alive]:
+            self._held.pop(pid).close()
+        for entry in self._find({entry.pid: entry for pid in read_pids() if (entry := read_entry(pid))}):
+            self._known.add((entry.pid, entry.started))
+            if entry.pid in self._held or len(self._held) >= self._most:
+                continue
+            with contextlib.suppress(ProcessLookupError):  # it died first
+                self._held[entry.pid] = Process(entry.pid, entry.started)
+        alive = wait_gone((member.pidfd for member in self._held.values()), 0.0)
+        return [member for member in self._held.values() if member.pidfd in alive]
+
+    def _find(self, table: dict[int, Entry]) -> Iterable[Entry]:
+        above = ancestry()
+        foreign = self._foreign | {table[pid].session for pid in above if pid in table}
+        by_parent: dict[int, list[Entry]] = {}
+        by_session: dict[int, list[Entry]] = {}
+        for entry in table.values():
+            by_parent.setdefault(entry.parent, []).append(entry)
+            by_session.setdefault(entry.session, []).append(entry)
+        queue = [entry for entry in table.values() if (entry.pid, entry.started) in self._known]
+        for session in self._sessions:
+            # A leader that is not ours has made a new session of this number, after the last of ours had gone.
+            leader = table.get(session)
+            if leader is None or (leader.pid, leader.started) in self._known:
+                queue += by_session.get(session, ())
+        # Whoever loses its parent goes to this process or one above it: only there can markers tell something new.
+        adopted = (entry for parent in above for entry in by_parent.get(parent, ()))
+        queue += (entry for entry in adopted if has_environment(entry.pid, self._markers))
+        found: dict[int, Entry] = {}
+        while queue:
+            entry = queue.pop()
+            if entry.pid in found or entry.pid in above or entry.pid in self._exclude:
+                continue
+            found[entry.pid] = entry
+            queue += by_parent.get(entry.pid, ())
+            if entry.session not in self._sessions and entry.session not in foreign:
+                self._sessions.add(entry.session)
+                queue += by_session[entry.session]
+        return found.values()
+
+
+def kill_tree(
+    roots: Collection[Process],
+    *,
+    markers: Collection[str] = (),
+    exclude: Collection[int] = (),
+    signum: int = signal.SIGTERM,
+    grace: float,
+    limit: float = 5.0,
+) -> list[Survivor]:
+    """Stop these processes and all they have started; whoever is still there in the end, usually nobody.
+
+    Continues the roots and their process groups and sends them `signum`, waits for these up to `grace` seconds, and
+    sends SIGKILL to the whole tree, over again until it stays empty, for up to `limit` seconds. SIGKILL is also sent
+    when an exception (a second signal to the launcher) ends the wait; it then goes on to the caller.
+    """
+    above = ancestry()
+    roots = [root for root in roots if root.pid not in above]
+    leaders = {root.pid for root in roots}
+    with contextlib.closing(Tree(roots, markers=markers, exclude=exclude)) as tree:
+        try:
+            asked = [member for member in tree.look() if {member.pid, member.group} & leaders]
+            for polite in (signal.SIGCONT, signum):
+                for member in asked:
+                    member.send(polite)
+            wait_gone((member.pidfd for member in asked), grace)
+        finally:
+            for root in roots:  # first, and even if /proc cannot be read or no descriptor is left
+                root.send(signal.SIGKILL)
+            survivors = _sweep(tree, monotonic() + limit)
+    return survivors
+
+
+def _sweep(tree: Tree, deadline: float) -> list[Survivor]:
+    living: list[Process] = []
+    empty_passes = 0
+    while empty_passes < _EMPTY_PASSES:
+        living = tree.look()
+        for member in living:
+            member.send(signal.SIGKILL)
+        empty_passes = 0 if living else empty_passes + 1
+        alive = wait_gone((member.pidfd for member in living), min(_SWEEP, max(0.0, deadline - monotonic())))
+        if alive and monotonic() >= deadline:
+            break
+    entries = [(member, read_entry(member.pid)) for member in living if not member.is_gone()]
+    return [Survivor(e.pid, e.name, e.state) for member, e in entries if e and e.started == member.started]
+
+
+def kill_orphans(*, keep: Collection[int], limit: float = 5.0) -> list[Survivor]:
+    """Kill and reap what this process has adopted (see `orphans`), with all that it has started."""
+    adopted = []
+    for pid in orphans(os.getpid(), keep):
+        with contextlib.suppress(ProcessLookupError):  # someone else has reaped it
+            adopted.append(Process(pid))
+    try:
+        survivors = kill_tree(adopted, exclude=keep, signum=signal.SIGKILL, grace=0.0, limit=limit)
+    finally:
+        for process in adopted:
+            process.close()
+    reap(orphans(os.getpid(), keep))
+    return survivors
+
+
+def orphans(of_pid: int, keep: Collection[int]) -> list[int]:
+    """The children that a subreaper (the launcher) has adopted, zombies too; `keep`: those it has started itself.
+
+    Also left out are children in its own session: no rank's descendant can be there, while a helper that some library
+    has started (multiprocessing's resource tracker) is. Call it from the thread that starts processes.
+    """
+    if (own := read_entry(of_pid)) is None:
+        return []
+    children = [e for pid in read_pids() if (e := read_entry(pid)) and e.parent == of_pid and pid not in keep]
+    return [child.pid for child in children if child.session != own.session]
+
+
+def reap(pids: Iterable[int]) -> set[int]:
+    """Collect exactly these children, where they have exited; which of them had."""
+    reaped = set()
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):  # someone else has
+            reaped.add(os.waitpid(pid, os.WNOHANG)[0])
+    return reaped - {0}

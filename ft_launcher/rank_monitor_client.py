@@ -1,0 +1,433 @@
+"""What a rank's code calls: heartbeats, sections, calculated timeouts and requests to the launcher.
+
+Heartbeats and sections are stamps in a page shared with the rank's monitor: they never block, whatever the monitor
+does. All the rest goes over a Unix socket, with a limit on every wait.
+"""
+
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from ft_launcher import agreement, timeouts
+from ft_launcher.config import FaultToleranceConfig
+from ft_launcher.errors import RankMonitorClientError
+from ft_launcher.messages import ControlRequested, FromRank, LimitsSet, WorkloadControlRequest
+from ft_launcher.page import Slot, StampPage
+from ft_launcher.rank_link import Greeting, MonitorGoneError, RankLink
+from ft_launcher.timeouts import HeartbeatTimeouts, Observed, SectionTimeouts
+
+__all__ = ["SOCKET_ENV", "RankInfo", "RankMonitorClient"]
+
+logger = logging.getLogger(__name__)
+
+SOCKET_ENV = "FT_RANK_MONITOR_IPC_SOCKET"
+
+ANSWER_SECONDS = 10.0
+"""How long a call waits for the monitor: one that is stuck is replaced within 6 s, and this is a little more."""
+
+STACK_SIGNAL = signal.SIGRTMIN + 9
+"""On this signal the rank writes the stacks of its threads. Real-time signals have no other default use."""
+
+# Plain numbers and a global: an IntEnum as an index would double the cost of a heartbeat.
+_HEARTBEAT = int(Slot.HEARTBEAT)
+_IDLE_SINCE = int(Slot.IDLE_SINCE)
+_CONNECTED = int(Slot.CONNECTED)
+_monotonic_ns = time.monotonic_ns
+_NS = 1e-9
+
+
+class RankInfo(msgspec.Struct, frozen=True):
+    """Which rank this process is."""
+
+    global_rank: int
+    local_rank: int
+    host: str
+    pid: int
+
+
+class RankMonitorClient:
+    """The connection of one rank to its rank monitor.
+
+    Thread-safe. In a forked child it stays silent: a child never speaks for its parent. Methods other than
+    `send_workload_control_request`, `state_dict` and `load_state_dict` need `init_workload_monitoring()` first and
+    raise RankMonitorClientError without it.
+    """
+
+    def __init__(self) -> None:
+        self.cfg: FaultToleranceConfig | None = None
+        self.rank_info: RankInfo | None = None
+        self.hb_timeouts = HeartbeatTimeouts()
+        self.section_timeouts = SectionTimeouts()
+        self.is_initialized = False
+        self._loaded = False
+        # Reentrant: a signal handler of the user may close the sections while this thread opens one.
+        self._lock = threading.RLock()
+        self._link: RankLink | None = None
+        self._page = StampPage(-1)
+        self._stamps = self._page.stamps
+        self._stacks_fd: int | None = None
+        self._open_count = 0
+        self._longest_ns: dict[str, int] = {}
+        self._longest_heartbeat_ns = 0
+        self._longest_outside_ns = 0
+        self._first_heartbeat_ns = 0
+        self._ever_observed = Observed()
+        _clients.add(self)
+
+    # -- start and end --------------------------------------------------------------------------------------------
+
+    def init_workload_monitoring(self) -> None:
+        """Connect to this rank's monitor; from here on silence is limited by the configured timeouts.
+
+        Waits up to 10 s for a monitor that does not answer, and then goes on without: the connection is made in the
+        background when the launcher has replaced it. Raises RankMonitorClientError when called twice, when the script
+        was not started by ft_launcher, and when the monitor refuses this process.
+        """
+        with self._lock:
+            if self.is_initialized:
+                raise RankMonitorClientError("init_workload_monitoring() was called already")
+            link = self._connection()
+            self.rank_info = RankInfo(
+                global_rank=int(os.environ.get("RANK", "0")),
+                local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+            )
+            self._open_count = 0
+            try:
+                self._adopt(link.greet(ANSWER_SECONDS))
+                self._page.begin()
+                self._send_limits_if_loaded()
+            except MonitorGoneError as error:
+                logger.warning("rank %d: %s; trying on in the background", self.rank_info.global_rank, error)
+                self.cfg = FaultToleranceConfig()
+                self._page.begin()
+                self._link = None
+                threading.Thread(target=self._adopt_later, args=(link,), daemon=True, name="ft_connect").start()
+            self.is_initialized = True
+
+    def shutdown_workload_monitoring(self) -> None:
+        """Stop the monitoring of heartbeats and sections; only `rank_teardown_timeout` still counts."""
+        with self._lock:
+            self._check()
+            self._stamps[Slot.TEARDOWN] = _monotonic_ns()
+            self.is_initialized = False
+            if self._link is not None:
+                self._link.close()
+
+    def abort(self) -> None:
+        """Say that this process is handling an error: its open sections and heartbeats do not count any more.
+
+        Like `shutdown_workload_monitoring`, but may be called in any state and from any handler, and never raises.
+        """
+        self._stamps[Slot.TEARDOWN] = _monotonic_ns()
+
+    def __enter__(self) -> "RankMonitorClient":
+        self.init_workload_monitoring()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            self.abort()
+        if self.is_initialized:
+            self.shutdown_workload_monitoring()
+
+    # -- signs of life --------------------------------------------------------------------------------------------
+
+    def send_heartbeat(self) -> None:
+        """Say that this rank moves. Costs one store into the shared page."""
+        if not self.is_initialized:
+            self._check()
+        stamps = self._stamps
+        now = _monotonic_ns()
+        before = stamps[_HEARTBEAT]
+        stamps[_HEARTBEAT] = now
+        if not before:
+            self._first_heartbeat_ns = now - stamps[_CONNECTED]
+        elif now - before > self._longest_heartbeat_ns:
+            self._longest_heartbeat_ns = now - before
+
+    def start_section(self, name: str) -> None:
+        """Open section `name` (1 to 64 bytes of UTF-8). Sections may nest and overlap in any order.
+
+        Raises RankMonitorClientError when it is open already.
+        """
+        if not self.is_initialized:
+            self._check()
+        with self._lock:
+            slot = self._slot(name)
+            stamps = self._stamps
+            now = _monotonic_ns()
+            if stamps[slot]:
+                raise RankMonitorClientError(f"section {name!r} is open already")
+            stamps[slot] = now
+            if not self._open_count and now - stamps[_IDLE_SINCE] > self._longest_outside_ns:
+                self._longest_outside_ns = now - stamps[_IDLE_SINCE]
+            self._open_count += 1
+
+    def end_section(self, name: str) -> None:
+        """Close section `name`. Raises RankMonitorClientError when it is not open."""
+        if not self.is_initialized:
+            self._check()
+        with self._lock:
+            slot = self._slot(name)
+            stamps = self._stamps
+            opened = stamps[slot]
+            if not opened:
+                raise RankMonitorClientError(f"section {name!r} is not open")
+            self._close_section(name, slot, opened)
+
+    def end_all_sections(self) -> None:
+        """Close every section that is open."""
+        if not self.is_initialized:
+            self._check()
+        with self._lock:
+            for name, slot in self._page.slots.items():
+                if self._stamps[slot]:
+                    self._close_section(name, slot, self._stamps[slot])
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Open section `name` for the time of a `with` block; it is closed by an exception too."""
+        self.start_section(name)
+        try:
+            yield
+        finally:
+            # Not after end_all_sections(), abort() or shutdown inside the block: there is nothing left to close then.
+            with self._lock:
+                if self.is_initialized and self._stamps[self._slot(name)]:
+                    self.end_section(name)
+
+    # -- timeouts from observation --------------------------------------------------------------------------------
+
+    def calculate_and_set_hb_timeouts(self, skip_if_not_ready: bool = False) -> bool:
+        """Set both heartbeat timeouts to `safety_factor` times the longest intervals that any rank has seen.
+
+        A collective over the default process group: all ranks must call it. Every rank needs two heartbeats first;
+        without them it returns False on all ranks (`skip_if_not_ready`) or raises RankMonitorClientError on all.
+        """
+        self._check()
+        seen = self._seen()
+        if not self._ready(seen.heartbeat is not None, (), skip_if_not_ready, "two heartbeats"):
+            return False
+        initial, heartbeat = agreement.largest_over_ranks([seen.initial or 0.0, seen.heartbeat or 0.0])
+        agreed = Observed(initial=initial, heartbeat=heartbeat)
+        self.hb_timeouts = timeouts.calculated_heartbeats(
+            agreed, self._ever_observed, self._config.safety_factor, self.hb_timeouts
+        )
+        self._ever_observed = self._ever_observed.merged(agreed)
+        self._send_limits()
+        return True
+
+    def calculate_and_set_section_timeouts(
+        self,
+        selected_sections: Collection[str] | None = None,
+        calc_out_of_section: bool = True,
+        skip_if_not_ready: bool = False,
+    ) -> bool:
+        """Set the timeouts of `selected_sections` (None: all that have one) from the longest times that any rank saw.
+
+        A collective like `calculate_and_set_hb_timeouts`; every rank must have closed each of the sections once, and
+        have been outside of all sections once if `calc_out_of_section`. Other sections keep what they have.
+        """
+        self._check()
+        names = sorted(self.section_timeouts.section if selected_sections is None else selected_sections)
+        seen = self._seen()
+        ready = seen.sections.keys() >= set(names) and (not calc_out_of_section or seen.out_of_section is not None)
+        if not self._ready(
+            ready, names, skip_if_not_ready, f"every one of the sections {', '.join(names)} closed once"
+        ):
+            return False
+        outside, *longest = agreement.largest_over_ranks(
+            [seen.out_of_section or 0.0, *(seen.sections[n] for n in names)]
+        )
+        agreed = Observed(
+            sections=dict(zip(names, longest, strict=True)), out_of_section=outside if calc_out_of_section else None
+        )
+        self.section_timeouts = timeouts.calculated_sections(
+            agreed, self._ever_observed, self._config.safety_factor, self.section_timeouts, names
+        )
+        self._ever_observed = self._ever_observed.merged(agreed)
+        self._send_limits()
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the timeouts in force, and what they were calculated from, as plain dicts for a checkpoint."""
+        return {
+            "current_timeouts": {
+                "heartbeat": msgspec.to_builtins(self.hb_timeouts),
+                "section": msgspec.to_builtins(self.section_timeouts),
+            },
+            "observed": self._ever_observed.as_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put timeouts from `state_dict()` in force, at once or with `init_workload_monitoring()`.
+
+        Raises RankMonitorClientError when `state` is something else.
+        """
+        try:
+            self.hb_timeouts, self.section_timeouts, self._ever_observed = timeouts.from_state(state)
+        except ValueError as error:
+            raise RankMonitorClientError(str(error)) from None
+        self._loaded = True
+        if self.is_initialized:
+            self._send_limits()
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def send_workload_control_request(self, req: WorkloadControlRequest) -> bool:
+        """Ask the launcher to end the job, or to go on without this node.
+
+        True once the launcher holds the request, so that the rank may exit at once; it survives a monitor that is
+        replaced meanwhile. False, and an error in the log, when nobody answered within 10 s.
+        """
+        with self._lock:
+            link = self._connection()
+            text = None if req.description is None else req.description[:512]
+            try:
+                link.ask(ControlRequested(link.next_number(), req.action, text), ANSWER_SECONDS)
+            except MonitorGoneError as error:
+                logger.error("the launcher did not get the request %s: %s", req.action.name, error)  # noqa: TRY400
+                return False
+            return True
+
+    # -- within ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _config(self) -> FaultToleranceConfig:
+        return self.cfg or FaultToleranceConfig()
+
+    def _check(self) -> None:
+        if not self.is_initialized:
+            raise RankMonitorClientError("monitoring is off: call init_workload_monitoring() first")
+
+    def _connection(self) -> RankLink:
+        if self._link is None:
+            path = os.environ.get(SOCKET_ENV)
+            if not path:
+                raise RankMonitorClientError(f"this process was not started by ft_launcher: {SOCKET_ENV} is not set")
+            self._link = RankLink(path, STACK_SIGNAL)
+        return self._link
+
+    def _adopt(self, greeting: Greeting) -> None:
+        page = StampPage(greeting.page_fd)
+        os.close(greeting.page_fd)
+        self.cfg = msgspec.msgpack.decode(greeting.config, type=FaultToleranceConfig)
+        if not self._loaded:
+            self.hb_timeouts = HeartbeatTimeouts(
+                initial=self.cfg.initial_rank_heartbeat_timeout, subsequent=self.cfg.rank_heartbeat_timeout
+            )
+            self.section_timeouts = SectionTimeouts(
+                section=dict(self.cfg.rank_section_timeouts), out_of_section=self.cfg.rank_out_of_section_timeout
+            )
+        page.copy_from(self._page)
+        self._page, self._stamps = page, page.stamps
+        # Written by C code in the signal handler, so it works while some thread holds the GIL for ever.
+        faulthandler.register(STACK_SIGNAL, file=greeting.stacks_fd, all_threads=True, chain=False)
+        if self._stacks_fd is not None:
+            os.close(self._stacks_fd)
+        self._stacks_fd = greeting.stacks_fd
+
+    def _adopt_later(self, link: RankLink) -> None:
+        while True:
+            try:
+                greeting = link.greet(ANSWER_SECONDS)
+            except (MonitorGoneError, RankMonitorClientError):
+                continue
+            with self._lock:
+                if self._link is not None:
+                    self._link.close()
+                self._link = link
+                self._adopt(greeting)
+                self._send_limits_if_loaded()
+            return
+
+    def _slot(self, name: str) -> int:
+        slot = self._page.slots.get(name)
+        if slot is None:
+            try:
+                slot = self._page.section_slot(name)
+            except ValueError as error:
+                raise RankMonitorClientError(str(error)) from None
+        return slot
+
+    def _close_section(self, name: str, slot: int, opened: int) -> None:
+        now = _monotonic_ns()
+        stamps = self._stamps
+        self._open_count -= 1
+        # Before the section is closed: a monitor that looks in between must not see an old idle time and no section.
+        stamps[_IDLE_SINCE] = now
+        stamps[slot] = 0
+        if now - opened > self._longest_ns.get(name, 0):
+            self._longest_ns[name] = now - opened
+
+    def _seen(self) -> Observed:
+        return Observed(
+            initial=self._first_heartbeat_ns * _NS or None,
+            heartbeat=self._longest_heartbeat_ns * _NS or None,
+            sections={name: longest * _NS for name, longest in self._longest_ns.items()},
+            out_of_section=self._longest_outside_ns * _NS or None,
+        )
+
+    def _ready(self, ready: bool, names: Collection[str], skip: bool, needed: str) -> bool:
+        if agreement.all_ready(ready=ready, names=list(names)):
+            return True
+        if skip:
+            return False
+        raise RankMonitorClientError(f"too early to calculate timeouts: every rank needs {needed}")
+
+    def _send_limits_if_loaded(self) -> None:
+        if self._loaded:
+            self._send_limits()
+
+    def _send_limits(self) -> None:
+        self._tell(
+            LimitsSet(
+                initial=self.hb_timeouts.initial,
+                heartbeat=self.hb_timeouts.subsequent,
+                sections=self.section_timeouts.section,
+                out_of_section=self.section_timeouts.out_of_section,
+            )
+        )
+
+    def _tell(self, message: FromRank) -> None:
+        with self._lock:
+            try:
+                self._connection().ask(message, ANSWER_SECONDS)
+            except MonitorGoneError as error:
+                logger.warning("the rank monitor did not get new timeouts: %s", error)
+
+    def _fall_silent(self) -> None:
+        # In a forked child: what it calls from here on moves a page that nobody looks at.
+        self._lock = threading.RLock()
+        if self._link is not None:
+            self._link.close()
+        self._page = StampPage(-1)
+        self._stamps = self._page.stamps
+        self._open_count = 0
+        if self._stacks_fd is not None:
+            faulthandler.unregister(STACK_SIGNAL)
+            os.close(self._stacks_fd)
+            self._stacks_fd = None
+
+
+_clients: "weakref.WeakSet[RankMonitorClient]" = weakref.WeakSet()
+
+
+def _silence_child() -> None:
+    for client in list(_clients):
+        client._fall_silent()  # noqa: SLF001 - of this module
+
+
+os.register_at_fork(after_in_child=_silence_child)

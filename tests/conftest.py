@@ -1,0 +1,203 @@
+"""What all tests share: real processes that cannot outlive their test, and waits that end with what was seen."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+MARK = "FT_TEST_RUN"
+"""In the environment of everything that a test starts, so that nothing of it is missed, however it hides."""
+
+GENEROUS = 60.0
+"""Seconds after which a test gives up waiting for an event: a machine may be slow, an event that never comes is a bug."""
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Give the processes, zombies left out, that have `mark` in their environment."""
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # it has ended, or is a zombie, or somebody else's
+    return found
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
+    """Wait for the processes to end; give those that have not."""
+    left = []
+    deadline = time.monotonic() + seconds
+    for pid in pids:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            if not select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                left.append(pid)
+        finally:
+            os.close(pidfd)
+    return left
+
+
+class Running:
+    """A process of a test, with its lines of output as they come."""
+
+    def __init__(self, command: list[str], env: dict[str, str], cwd: Path) -> None:
+        self.process = subprocess.Popen(
+            command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._news:
+                self.lines.append(line.decode(errors="replace").rstrip("\n"))
+                self._news.notify_all()
+        with self._news:
+            self.lines.append("<end of output>")
+            self._news.notify_all()
+
+    def wait_for(self, text: str, count: int = 1) -> str:
+        """Wait for the `count`-th line that contains `text`, and give it."""
+        deadline = time.monotonic() + GENEROUS
+        with self._news:
+            while True:
+                found = [line for line in self.lines if text in line]
+                if len(found) >= count:
+                    return found[count - 1]
+                if self.lines and self.lines[-1] == "<end of output>":
+                    raise AssertionError(f"ended without {text!r}:\n{self.output}")
+                if not self._news.wait(deadline - time.monotonic()):
+                    raise AssertionError(f"no {text!r} within {GENEROUS} s:\n{self.output}")
+
+    def wait(self) -> int:
+        """Wait for the end of the process and of its output, and give its exit code (negative: signal)."""
+        try:
+            code = self.process.wait(GENEROUS * 2)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {GENEROUS * 2} s:\n{self.output}") from None
+        self._reader.join(GENEROUS)
+        return code
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join(GENEROUS)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+class Sandbox:
+    """A directory and an environment for one test; leaves nothing behind, and fails the test that would."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.mark = uuid.uuid4().hex
+        self.path = tmp_path
+        self.temporary = tmp_path / "tmp"
+        self.temporary.mkdir()
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("FT_", "PET_", "SLURM_"))}
+        self.env |= {
+            MARK: self.mark,
+            "TMPDIR": str(self.temporary),
+            "XDG_RUNTIME_DIR": str(self.temporary),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONWARNINGS": "default",
+        }
+        self._running: list[Running] = []
+
+    def start(self, *command: str, **env: str) -> Running:
+        """Start a command in the sandbox."""
+        running = Running(list(command), self.env | env, self.path)
+        self._running.append(running)
+        return running
+
+    def launch(self, *arguments: str, **env: str) -> Running:
+        """Start ft_launcher with `arguments`."""
+        return self.start(sys.executable, "-m", "ft_launcher", *arguments, **env)
+
+    def script(self, text: str, name: str = "train.py") -> str:
+        """Write a script for ranks, and give its path. `client`-using scripts import what they need."""
+        path = self.path / name
+        path.write_text(text)
+        return str(path)
+
+    def leftovers(self) -> list[str]:
+        """Give the files that are still in the sandbox's temporary directory."""
+        return sorted(str(path.relative_to(self.temporary)) for path in self.temporary.rglob("*"))
+
+    def assert_clean(self, seconds: float = 5.0) -> None:
+        """Fail unless everything has ended, and every temporary file is gone, within `seconds`."""
+        left = wait_until_gone(marked_processes(self.mark), seconds)
+        commands = [_command_line(pid) for pid in left]
+        assert not commands, f"still running: {commands}"
+        assert self.leftovers() == []
+
+    def close(self) -> None:
+        for running in self._running:
+            running.close()
+        for _ in range(3):
+            for pid in marked_processes(self.mark):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+        wait_until_gone(marked_processes(self.mark), GENEROUS)
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return f"{pid}: {Path(f'/proc/{pid}/cmdline').read_bytes().decode(errors='replace').replace(chr(0), ' ')}"
+    except OSError:
+        return str(pid)
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
+    """A sandbox that ends what the test started, whatever became of the test."""
+    sandbox = Sandbox(tmp_path)
+    yield sandbox
+    sandbox.close()
+
+
+@pytest.fixture
+def wait_for() -> Callable[[Callable[[], bool], str], None]:
+    """Wait for a state of the kernel that gives no event (a process stopped, say), with an end."""
+
+    def wait(is_so: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + GENEROUS
+        pause = threading.Event()
+        while not is_so():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not within {GENEROUS} s: {what}")
+            pause.wait(0.01)
+
+    return wait
