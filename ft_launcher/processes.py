@@ -88,7 +88,7 @@ class Process:
 
 def wait_gone(pidfds: Iterable[int], seconds: float) -> set[int]:
     """Block until all these processes have exited (zombies have), at most so long; the pidfds of those alive."""
-    deadline = monotonic() + seconds
+    deadline = monotonic() + min(seconds, 1e6)  # poll() refuses more than 24 days
     alive = set(pidfds)
     poll = select.poll()
     for pidfd in alive:
@@ -184,8 +184,6 @@ def kill_tree(
     sends SIGKILL to the whole tree, over again until it stays empty, for up to `limit` seconds. SIGKILL is also sent
     when an exception (a second signal to the launcher) ends the wait; it then goes on to the caller.
     """
-    above = ancestry()
-    roots = [root for root in roots if root.pid not in above]
     leaders = {root.pid for root in roots}
     with contextlib.closing(Tree(roots, markers=markers, exclude=exclude)) as tree:
         try:
@@ -195,9 +193,12 @@ def kill_tree(
                     member.send(polite)
             wait_gone((member.pidfd for member in asked), grace)
         finally:
-            for root in roots:  # first, and even if /proc cannot be read or no descriptor is left
-                root.send(signal.SIGKILL)
-            survivors = _sweep(tree, monotonic() + limit)
+            try:
+                survivors = _sweep(tree, monotonic() + limit)
+            except OSError:  # no descriptor is left to read /proc with; these are held already
+                for root in roots:
+                    root.send(signal.SIGKILL)
+                raise
     return survivors
 
 
@@ -209,8 +210,8 @@ def _sweep(tree: Tree, deadline: float) -> list[Survivor]:
         for member in living:
             member.send(signal.SIGKILL)
         empty_passes = 0 if living else empty_passes + 1
-        alive = wait_gone((member.pidfd for member in living), min(_SWEEP, max(0.0, deadline - monotonic())))
-        if alive and monotonic() >= deadline:
+        wait_gone((member.pidfd for member in living), min(_SWEEP, max(0.0, deadline - monotonic())))
+        if living and monotonic() >= deadline:
             break
     entries = [(member, read_entry(member.pid)) for member in living if not member.is_gone()]
     return [Survivor(e.pid, e.name, e.state) for member, e in entries if e and e.started == member.started]

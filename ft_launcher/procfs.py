@@ -137,7 +137,7 @@ def _memory_cgroup(pid: int | str) -> str:
     for line in _read("/proc/self/mountinfo").splitlines():
         mount, _, system = line.partition(" - ")
         root, point = mount.split()[3:5]
-        kind, _, options = system.split()[:3]
+        kind, _, options = system.split(" ", 2)
         if group and kind == ("cgroup" if in_v1 else "cgroup2") and (not in_v1 or "memory" in options.split(",")):
             # In a container the mount's root may be the group itself, or the group lie outside of what is mounted.
             folder = f"{point}/{group.removeprefix(root).lstrip('/')}".rstrip("/")

@@ -318,6 +318,7 @@ class RankMonitorClient:
             if not path:
                 raise RankMonitorClientError(f"this process was not started by ft_launcher: {SOCKET_ENV} is not set")
             self._link = RankLink(path, STACK_SIGNAL)
+            weakref.finalize(self, self._link.close)
         return self._link
 
     def _adopt(self, greeting: Greeting) -> None:

@@ -1,6 +1,7 @@
 """Whole jobs under the real launcher: what fails is noticed, killed and restarted, and nothing is left behind."""
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -57,13 +58,13 @@ if restart == 0:
 
 HANGS = {
     "R5_in_python": "client.send_heartbeat()\nwhile True: time.sleep(100)",
-    "R6_in_c_with_the_gil": "client.send_heartbeat()\nctypes.PyDLL(None).sleep(10**6)",
+    "R6_in_c_with_the_gil": "client.send_heartbeat()\nctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)",
     "R8_stopped": "client.send_heartbeat()\nos.kill(os.getpid(), signal.SIGSTOP)",
     "R7_in_an_outer_section": (
         "client.start_section('outer')\n"
         "while True:\n    client.start_section('inner')\n    time.sleep(0.05)\n    client.end_section('inner')\n"
     ),
-    "R10_after_shutdown": "client.send_heartbeat()\nclient.shutdown_workload_monitoring()\nsignal.pause()",
+    "R10_after_shutdown": "client.send_heartbeat()\nclient.shutdown_workload_monitoring()\nwhile True: time.sleep(100)",
 }
 
 
@@ -81,4 +82,4 @@ def test_a_rank_that_hangs_is_killed_and_the_job_goes_on(sandbox, config, where)
     assert "rank 1 (pid" in said
     assert "rank 0 restart 1" in job.output
     stacks = said.rpartition("its stacks are in ")[2]
-    assert "most recent call first" in open(stacks).read()
+    assert "most recent call first" in Path(stacks).read_text()
