@@ -141,10 +141,8 @@ class Training:
         labels = self._labels[-HELD_OUT:]
         loss = cross_entropy(scores, labels).item()
         accuracy = (scores.argmax(dim=1) == labels).float().mean().item()
-        digest = hashlib.sha256()
-        for parameter in self._model.module.state_dict().values():
-            digest.update(parameter.cpu().numpy().tobytes())
-        return f"loss {loss:.6f} accuracy {accuracy:.3f} parameters sha256 {digest.hexdigest()}"
+        bits = b"".join(each.cpu().numpy().tobytes() for each in self._model.module.state_dict().values())
+        return f"loss {loss:.6f} accuracy {accuracy:.3f} parameters sha256 {hashlib.sha256(bits).hexdigest()}"
 
 
 class Monitoring:
@@ -196,9 +194,8 @@ def join_process_group() -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ.update(alone | os.environ)  # what torchrun would have set, for plain python
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:

@@ -222,7 +222,7 @@ class FtAgent(LocalElasticAgent):
             failure = ProcessFailure(local_rank, process.pid, code, context.error_files[local_rank])
             if isinstance(failure.message, str):
                 failure.message = sentence(cause)
-            if not by_us:
+            if not by_us and local_rank not in self._hangs:
                 logger.error("%s: %s%s", self._who(worker_group, local_rank), sentence(cause), self._log(local_rank))
             failures[worker_group.workers[local_rank].global_rank] = failure
         return failures

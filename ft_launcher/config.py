@@ -295,7 +295,8 @@ def _resolved(given: Iterable[tuple[str, Given]], *, lenient: bool) -> Resolved:
         elif lenient:
             doubts.append(f"{_unknown(name, each)} (ignored)")
         else:
-            raise UsageError(_unknown(name, each))
+            advice = f"; {_flag('lenient_config')} ignores it" if name in _PEER_ONLY.split() else ""
+            raise UsageError(f"{_unknown(name, each)}{advice}")
     config = FaultToleranceConfig(**{name: setting.value for name, setting in settings.items()})
     return Resolved(config, settings, [*doubts, *_contradictions(config)])
 
@@ -328,8 +329,7 @@ def _nearest(name: str, names: Iterable[str]) -> str | None:
 
 def _unknown(name: str, given: Given) -> str:
     if name in _PEER_ONLY.split():
-        ignores = f"{_flag('lenient_config')} ignores it"
-        return f"{given.place}: known to nvidia-resiliency-ext, not supported here; {ignores}"
+        return f"{given.place}: known to nvidia-resiliency-ext, not supported here"
     nearest = _nearest(name, described(FaultToleranceConfig))
     return f"{given.place}: no such key{f'; did you mean {nearest}?' if nearest else ''}"
 

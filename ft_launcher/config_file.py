@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import yaml
 
-# Modules are imported, and patterns compiled, where they are used: FaultToleranceConfig is loaded in every rank,
+# Modules are imported and patterns compiled where they are used: FaultToleranceConfig is loaded in every rank,
 # which reads no file.
 
 __all__ = ["SECTION", "read_config_file", "section_entries"]
@@ -142,11 +142,9 @@ def _document(text: str, file_name: str) -> "yaml.Node | None":
                 raise UsageError(f"{at(start.line, start.column)}: {refusal}")
         return yaml.compose(text, Loader=loader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line, column = (mark.line, mark.column) if mark else (0, 0)
-        is_tab = text.split("\n")[line][column:].startswith("\t")
-        problem = "a tab, where YAML wants spaces" if is_tab else error.problem
-        raise UsageError(f"{at(line, column)}: not YAML: {problem}") from None
+        mark: Any = error.problem_mark
+        problem = "a tab, where YAML wants spaces" if text.startswith("\t", mark.index) else error.problem
+        raise UsageError(f"{at(mark.line, mark.column)}: not YAML: {problem}") from None
 
 
 def _refusal(depth: int, aliases: int, tag: str | None) -> str | None:

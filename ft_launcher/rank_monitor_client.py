@@ -69,7 +69,7 @@ class RankMonitorClient:
         self.hb_timeouts = HeartbeatTimeouts()
         self.section_timeouts = SectionTimeouts()
         self.is_initialized = False
-        self._loaded = False
+        self._loaded: tuple[HeartbeatTimeouts, SectionTimeouts] | None = None
         # Reentrant: a signal handler of the user may close the sections while this thread opens one.
         self._lock = threading.RLock()
         self._link: RankLink | None = None
@@ -272,15 +272,16 @@ class RankMonitorClient:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put timeouts from `state_dict()` in force, at once or with `init_workload_monitoring()`.
+        """Put the calculated ones of the timeouts in `state_dict()` in force, at once or from the start of monitoring.
 
         Raises RankMonitorClientError when `state` is something else.
         """
         try:
-            self.hb_timeouts, self.section_timeouts, self._ever_observed = timeouts.from_state(state)
+            heartbeat, section, self._ever_observed = timeouts.from_state(state)
         except ValueError as error:
             raise RankMonitorClientError(str(error)) from None
-        self._loaded = True
+        self._loaded = (heartbeat, section)
+        self._put_loaded_in_force()
         if self.is_initialized:
             self._send_limits()
 
@@ -325,13 +326,13 @@ class RankMonitorClient:
         page = StampPage(greeting.page_fd)
         os.close(greeting.page_fd)
         self.cfg = msgspec.msgpack.decode(greeting.config, type=FaultToleranceConfig)
-        if not self._loaded:
-            self.hb_timeouts = HeartbeatTimeouts(
-                initial=self.cfg.initial_rank_heartbeat_timeout, subsequent=self.cfg.rank_heartbeat_timeout
-            )
-            self.section_timeouts = SectionTimeouts(
-                section=dict(self.cfg.rank_section_timeouts), out_of_section=self.cfg.rank_out_of_section_timeout
-            )
+        self.hb_timeouts = HeartbeatTimeouts(
+            initial=self.cfg.initial_rank_heartbeat_timeout, subsequent=self.cfg.rank_heartbeat_timeout
+        )
+        self.section_timeouts = SectionTimeouts(
+            section=dict(self.cfg.rank_section_timeouts), out_of_section=self.cfg.rank_out_of_section_timeout
+        )
+        self._put_loaded_in_force()
         page.copy_from(self._page)
         self._page, self._stamps = page, page.stamps
         # Written by C code in the signal handler, so it works while some thread holds the GIL for ever.
@@ -388,8 +389,14 @@ class RankMonitorClient:
             return False
         raise RankMonitorClientError(f"too early to calculate timeouts: every rank needs {needed}")
 
+    def _put_loaded_in_force(self) -> None:
+        # Only what was calculated: a limit that the user has changed in the file since must not come back.
+        if self._loaded is not None:
+            self.hb_timeouts = timeouts.with_calculated_heartbeats(self.hb_timeouts, self._loaded[0])
+            self.section_timeouts = timeouts.with_calculated_sections(self.section_timeouts, self._loaded[1])
+
     def _send_limits_if_loaded(self) -> None:
-        if self._loaded:
+        if self._loaded is not None:
             self._send_limits()
 
     def _send_limits(self) -> None:

@@ -6,7 +6,17 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-__all__ = ["HeartbeatTimeouts", "Observed", "SectionTimeouts", "next_timeout"]
+__all__ = [
+    "HeartbeatTimeouts",
+    "Observed",
+    "SectionTimeouts",
+    "calculated_heartbeats",
+    "calculated_sections",
+    "from_state",
+    "next_timeout",
+    "with_calculated_heartbeats",
+    "with_calculated_sections",
+]
 
 
 class HeartbeatTimeouts(Struct, frozen=True, kw_only=True):
@@ -133,6 +143,22 @@ def calculated_sections(
         out_of_section=outside,
         calculated_sections=current.calculated_sections | frozenset(names),
         is_out_of_section_calculated=current.is_out_of_section_calculated or seen.out_of_section is not None,
+    )
+
+
+def with_calculated_heartbeats(current: HeartbeatTimeouts, loaded: HeartbeatTimeouts) -> HeartbeatTimeouts:
+    """Give `loaded` if it was calculated, else `current`."""
+    return loaded if loaded.were_calculated else current
+
+
+def with_calculated_sections(current: SectionTimeouts, loaded: SectionTimeouts) -> SectionTimeouts:
+    """Give `current` with those timeouts of `loaded` that were calculated."""
+    calculated = {name: loaded.section.get(name) for name in loaded.calculated_sections}
+    return SectionTimeouts(
+        section={**current.section, **calculated},
+        out_of_section=loaded.out_of_section if loaded.is_out_of_section_calculated else current.out_of_section,
+        calculated_sections=current.calculated_sections | loaded.calculated_sections,
+        is_out_of_section_calculated=current.is_out_of_section_calculated or loaded.is_out_of_section_calculated,
     )
 
 

@@ -92,12 +92,11 @@ class Family:
         self._ranks.append(rank)
         return rank
 
-    def run(self, script: str, *, within: float = GENEROUS, **options: object) -> str:
+    def run(self, script: str) -> str:
         """Run a script that plays the launcher, in a process of its own; what it printed."""
         command = [sys.executable, "-c", HEAD + script, self.token]
-        return subprocess.run(
-            command, env={**os.environ, MARK: self.token}, timeout=within, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
+        env = {**os.environ, MARK: self.token}
+        return subprocess.run(command, env=env, timeout=GENEROUS, check=True, stdout=subprocess.PIPE, text=True).stdout
 
     def living(self) -> list[int]:
         mine = self.token.encode()
@@ -193,17 +192,19 @@ def members(*roots: Rank, markers: tuple[str, ...] = (), exclude: tuple[int, ...
 def test_L16_children_in_sessions_of_their_own_are_found_and_killed(family):
     rank = family.start(
         """
-child = subprocess.Popen([*SLEEP], env={}, start_new_session=True)
-say("child", child.pid)
-script = "import subprocess, sys; print('grandchild', subprocess.Popen(sys.argv[1:], start_new_session=True).pid)"
-subprocess.run([sys.executable, "-S", "-c", script, *SLEEP], env={})    # its parent has exited, its own session is new
+script = '''
+import os, subprocess, sys, time
+child = subprocess.Popen(sys.argv[1:], env={}, start_new_session=True)
+os.write(1, f"grandchild {child.pid}\\n".encode())
 time.sleep(600)
-""",
+'''
+say("child", subprocess.Popen([sys.executable, "-S", "-c", script, *SLEEP], env={}, start_new_session=True).pid)
+time.sleep(600)
+"""
     )
     pids = rank.hear("child", "grandchild")
-    assert members(rank) == {rank.popen.pid, pids["child"]}
-    with contextlib.closing(Process(pids["grandchild"])) as grandchild:
-        assert kill_tree([rank.process, grandchild], grace=0.0) == []
+    assert members(rank) == {rank.popen.pid, pids["child"], pids["grandchild"]}
+    assert kill_tree([rank.process], grace=0.0) == []
     assert family.living() == []
 
 
@@ -350,15 +351,15 @@ def test_several_ranks_share_one_grace(family):
     assert [rank.popen.wait(GENEROUS) for rank in (*ranks, polite)] == [-9, -9, 4]
 
 
-@pytest.mark.parametrize("env", ["kept", "clean"])
-def test_R12_a_chain_of_forks_is_caught(family, env):
+@pytest.mark.parametrize("hides", [False, True])
+def test_R12_a_chain_of_forks_is_caught(family, hides):
     # Each generation starts the next in a new process and ends: a snapshot alone always shows the one before.
     rank = family.start(
         f"""
 for generation in range(50):
     if os.fork():
         os._exit(0)
-    if {env == "kept"}:
+    if {hides}:
         os.setsid()
     if generation == 10:
         say("going")
@@ -366,7 +367,7 @@ time.sleep(600)
 """
     )
     rank.hear("going")
-    assert kill_tree([rank.process], markers=[family.marker], grace=0.0) == []
+    assert kill_tree([rank.process], markers=[family.marker] if hides else [], grace=0.0) == []
     assert family.living() == []
 
 
@@ -496,14 +497,13 @@ first = rank()
 first.wait()
 monitor = subprocess.Popen(SLEEP, start_new_session=True)      # ours, in a session of its own: only `keep` tells
 helper = subprocess.Popen(SLEEP)                               # ours, in our session
-tree = processes.kill_tree([], markers=["%s"], grace=0.0)
 adopted = processes.orphans(os.getpid(), {monitor.pid})
 survivors = processes.kill_orphans(keep={monitor.pid})
 children = [pid for pid in processes.read_pids() if processes.read_entry(pid).parent == os.getpid()]
 print(json.dumps([len(adopted), survivors, sorted(children) == sorted([monitor.pid, helper.pid])]))
 for ours in (monitor, helper):
     ours.kill(); ours.wait()
-""" % family.marker
+"""
     assert json.loads(family.run(SUBREAPER + launcher)) == [1, [], True]
     assert family.living() == []
 
@@ -533,7 +533,7 @@ def test_reaping_neither_waits_nor_minds_other_peoples_children(family):
 # -- what /proc tells -------------------------------------------------------------------------------------------------
 
 
-def test_stacks_tell_about_every_thread(family):
+def test_stacks_tell_about_every_thread(family, wait_for):
     rank = family.start(
         """
 import threading
@@ -542,8 +542,8 @@ say("ready"); signal.pause()
 """
     )
     pid = rank.hear("ready")["ready"]
+    wait_for(lambda: processes.stacks_from_proc(pid).count("S (sleeping)") == 2, "two threads asleep")
     text = processes.stacks_from_proc(pid)
-    assert text.count("S (sleeping)") == 2
     assert text.startswith(f"thread {pid} ({procfs.read_entry(pid).name}): ")
     assert text.count("system call: ") == 2
     assert "and 1 more threads" in processes.stacks_from_proc(pid, most_threads=1)
@@ -570,7 +570,9 @@ say("ready"); time.sleep(600)
 
 
 def test_a_process_belongs_to_its_ancestors_and_its_session(family):
-    rank = family.start("daemon('orphan', leave_session=False); say('child', subprocess.Popen(SLEEP).pid); time.sleep(9e3)")
+    rank = family.start(
+        "daemon('orphan', leave_session=False); say('child', subprocess.Popen(SLEEP).pid); time.sleep(9e3)"
+    )
     pids = rank.hear("orphan", "child")
     for pid in (rank.popen.pid, pids["orphan"], pids["child"]):
         assert processes.belongs_to(pid, rank.popen.pid)
@@ -589,23 +591,35 @@ def test_R4_the_oom_killers_count_and_the_limit_are_those_of_the_ranks_cgroup(fa
         (group / "memory.limit_in_bytes").write_text(str(64 << 20))
     except OSError as error:
         pytest.skip(f"needs a version 1 memory cgroup: {error}")
+    ranks = []
     try:
-        witness = family.start("say('ready'); time.sleep(600)")
-        rank = family.start("say('ready'); sys.stdin.read(); hog = bytearray(b'x') * (200 << 20); time.sleep(600)")
-        for each in (witness, rank):
-            (group / "cgroup.procs").write_text(str(each.hear("ready")["ready"]))
+        for _ in range(2):
+            ranks.append(
+                family.start(
+                    """
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+say("ready"); signal.sigwait({signal.SIGUSR1}); hog = b"x" * (200 << 20); time.sleep(600)
+"""
+                )
+            )
+            (group / "cgroup.procs").write_text(str(ranks[-1].hear("ready")["ready"]))
+        witness, victim = ranks
+        assert processes.memory_limit(witness.popen.pid) == 64 << 20
         before = processes.oom_kill_count(witness.popen.pid)
         assert before is not None
-        assert processes.memory_limit(witness.popen.pid) == 64 << 20
-        hog = family.start("say('ready'); time.sleep(600)")
-        (group / "cgroup.procs").write_text(str(hog.hear("ready")["ready"]))
-        kill_tree([hog.process], grace=0.0)
-        assert processes.oom_kill_count(witness.popen.pid) == before
+        victim.process.send(signal.SIGUSR1)
+        assert victim.popen.wait(GENEROUS) == -signal.SIGKILL
+        assert processes.oom_kill_count(witness.popen.pid) == before + 1
     finally:
-        kill_tree([witness.process, rank.process], grace=0.0)
-        for each in (witness, rank):
-            each.popen.wait(GENEROUS)
+        kill_tree([rank.process for rank in ranks], grace=0.0)
+        for rank in ranks:
+            rank.popen.wait(GENEROUS)
         group.rmdir()
+
+
+def test_the_memory_cgroup_of_a_process_that_is_gone_is_unknown():
+    assert processes.oom_kill_count(2**22 + 1) is None
+    assert processes.memory_limit(2**22 + 1) is None
 
 
 # -- the shim ---------------------------------------------------------------------------------------------------------
@@ -613,3 +627,89 @@ def test_R4_the_oom_killers_count_and_the_limit_are_those_of_the_ranks_cgroup(fa
 
 def shim(*command: str, launcher: int | None = None) -> list[str]:
     return [sys.executable, "-I", "-S", exec_shim.__file__, str(launcher or os.getpid()), "--", *command]
+
+
+def run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command, env=env, capture_output=True, timeout=GENEROUS)
+
+
+def test_a_rank_dies_with_its_launcher(family):
+    launcher = family.start(
+        """
+from ft_launcher import exec_shim
+shim = [sys.executable, "-I", "-S", exec_shim.__file__, str(os.getpid()), "--"]
+say("rank", subprocess.Popen([*shim, *SLEEP], env={}, start_new_session=True).pid)
+time.sleep(600)
+"""
+    )
+    with contextlib.closing(Process(launcher.hear("rank")["rank"])) as rank:
+        launcher.popen.kill()
+        assert processes.wait_gone([rank.pidfd], GENEROUS) == set()
+
+
+def test_a_rank_whose_launcher_is_already_gone_does_not_start():
+    started = run(*shim("echo", "started", launcher=1))
+    assert (started.returncode, started.stdout, started.stderr) == (1, b"", b"")
+
+
+def test_a_wrapper_that_execs_may_stand_in_front():
+    started = run("sh", "-c", 'exec "$@"', "sh", *shim("echo", "started"))
+    assert (started.returncode, started.stdout) == (0, b"started\n")
+
+
+@pytest.mark.parametrize("env", [{}, {"LC_CTYPE": "C"}, {"LC_ALL": "C", "A": "\udcff"}, {"LANG": "C.UTF-8"}])
+def test_the_command_gets_the_arguments_and_environment_that_were_given(env):
+    env |= {"PATH": os.environ["PATH"]}
+    arguments = ["%s.", "", "two words", "--", "\udcff", "\u00e9", "\n"]
+    assert run(*shim("printf", *arguments), env=env).stdout == run("printf", *arguments, env=env).stdout
+    given = run(*shim("cat", "/proc/self/environ"), env=env).stdout
+    assert sorted(given.split(b"\0")) == sorted(run("cat", "/proc/self/environ", env=env).stdout.split(b"\0"))
+
+
+def test_the_command_ignores_the_two_user_signals_and_nothing_else():
+    status = run(*shim("cat", "/proc/self/status")).stdout.decode().splitlines()
+    ignored = next(int(line.split()[1], 16) for line in status if line.startswith("SigIgn"))
+    assert [n for n in range(1, 65) if ignored >> (n - 1) & 1] == [signal.SIGUSR1, signal.SIGUSR2]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "plain").write_text("not executable")
+    for name, text in {
+        "broken": "#!/no/such/interpreter\n",
+        "garbage": "\x01\x02",
+        "good": "#!/bin/sh\necho good\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "reason"),
+    [
+        ("no-such-command", 127, "no such file or directory"),
+        ("/no/such/command", 127, "no such file or directory"),
+        ("plain", 126, "permission denied"),
+        ("broken", 127, "its interpreter (the #! line, or the dynamic loader) does not exist"),
+        ("garbage", 126, "exec format error"),
+    ],
+)
+def test_R20_a_command_that_cannot_run_is_named_with_the_reason(folder, command, code, reason):
+    ended = run(*shim(command), env={"PATH": f"/no/such/folder:{folder}:/usr/bin"})
+    assert ended.stderr.decode() == f"ft_launcher: cannot run {command}: {reason}\n"
+    assert (ended.returncode, ended.stdout) == (code, b"")
+
+
+def test_R16_the_name_of_a_command_cannot_write_to_the_terminal():
+    assert run(*shim("\x1b[2Jgone\n")).stderr.decode() == (
+        "ft_launcher: cannot run '\\x1b[2Jgone\\n': no such file or directory\n"
+    )
+
+
+def test_the_command_is_looked_up_past_what_cannot_run(folder):
+    other = folder / "other"
+    other.mkdir()
+    (other / "plain").symlink_to(folder / "good")
+    ended = run(*shim("plain", "argument"), env={"PATH": f"{folder}:{other}"})
+    assert (ended.returncode, ended.stdout) == (0, b"good\n")

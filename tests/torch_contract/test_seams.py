@@ -1,7 +1,7 @@
 """The seams of torch that ft_launcher leans on, against the torch that is installed.
 
-A new torch breaks these first, and each failure says in one sentence which seam moved. What torch may add (a parameter
-with a default, a field, a flag) breaks nothing; what it may mend (an assertion that a better error replaces) neither.
+A new torch breaks these first, and each failure says in one sentence which seam moved. What torch may add (a
+parameter with a default, a field, a flag) breaks nothing, and neither does a fault of torch's that is mended.
 """
 
 import argparse
@@ -47,7 +47,7 @@ DEADLINE = 60.0
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-# -- names and signatures ----------------------------------------------------------------------------------------------
+# -- names and signatures -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_launch_config_has_what_the_launcher_reads() -> None:
     assert not lost, f"LaunchConfig has lost {lost}, which the launcher reads"
 
 
-# -- the command line --------------------------------------------------------------------------------------------------
+# -- the command line ---------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -247,7 +247,7 @@ def test_a_single_node_gets_a_rendezvous_of_its_own(
     assert chosen in known, f"torchrun.run now gives {flags or 'a bare single node'} the rendezvous {chosen}"
 
 
-# -- the agent's loop, with real workers -------------------------------------------------------------------------------
+# -- the agent's loop, with real workers --------------------------------------------------------------------
 
 
 class _Alone(RendezvousHandler):
@@ -451,7 +451,7 @@ def test_start_workers_gives_the_pids_that_the_context_and_the_group_have(seams:
             os.killpg(seen["context"][0], signal.SIGKILL)
         return None
 
-    agent = seams.agent(f"echo $$ >{fifo.path}; exec sleep 600", look)
+    agent = seams.agent(f"echo $$ >{fifo.path}; exec sleep 60", look)
     agent.run()
     assert agent.started == seen["context"], "_start_workers no longer gives {local_rank: pid}"
     assert seen["group"] == seen["context"], "Worker.id is no longer the pid of the worker"
@@ -489,7 +489,7 @@ def test_a_worker_can_be_polled_and_its_files_found_without_torch(seams: _Seams,
 
 def test_a_result_of_ours_is_the_result_of_the_run(seams: _Seams) -> None:
     ours = RunResult(state=WorkerState.FAILED, failures={0: ProcessFailure(0, 1, 3, "no such file")})
-    result = seams.agent("exec sleep 600", lambda _: ours).run()
+    result = seams.agent("exec sleep 60", lambda _: ours).run()
     assert result is ours, "agent.run() no longer returns what _monitor_workers has returned"
     assert seams.calls[-2:] == ["monitor", "stop"], "a failed run no longer ends with _stop_workers"
 
@@ -502,7 +502,7 @@ def test_failed_without_restarts_left_ends_the_run(seams: _Seams) -> None:
         agent._remaining_restarts = 0
         return RunResult(state=WorkerState.FAILED, failures={0: ProcessFailure(0, 1, 3, "no such file")})
 
-    result = seams.agent("exec sleep 600", veto, max_restarts=3).run()
+    result = seams.agent("exec sleep 60", veto, max_restarts=3).run()
     assert result is not None
     assert result.state == WorkerState.FAILED
     assert seams.calls.count("start") == 1, (
@@ -534,7 +534,7 @@ def test_a_signal_comes_out_of_the_run_as_torchs_exception(seams: _Seams) -> Non
         os.kill(os.getpid(), signal.SIGTERM)
         return None
 
-    agent = seams.agent("exec sleep 600", interrupt)
+    agent = seams.agent("exec sleep 60", interrupt)
     with pytest.raises(SignalException) as caught:
         agent.run()
     assert caught.value.sigval == signal.SIGTERM, "SignalException.sigval no longer says which signal it was"
@@ -551,7 +551,7 @@ def test_close_keeps_the_grace_that_it_is_given_and_may_be_called_again(seams: _
         agent.context().close(signal.SIGTERM, 0.2)  # type: ignore[arg-type]
         return None
 
-    result = seams.agent(f"trap '' TERM; echo deaf >{fifo.path}; exec sleep 600", stop).run()
+    result = seams.agent(f"trap '' TERM; echo deaf >{fifo.path}; exec sleep 60", stop).run()
     assert result is not None
     assert result.failures[0].exitcode == -signal.SIGKILL, "PContext.close no longer kills after the grace"
     assert seams.calls[-1] == "stop", "the last call is not torch's own stop, which finds nobody after ours"
@@ -565,7 +565,7 @@ def test_a_run_of_the_null_handlers_leaves_events(seams: _Seams) -> None:
     events.record(agent.get_event_failed(), "null")
 
 
-# -- saying why --------------------------------------------------------------------------------------------------------
+# -- saying why ---------------------------------------------------------------------------------------------
 
 
 def test_a_failure_without_an_error_file_carries_a_sentence_of_ours_into_torchs_report() -> None:
@@ -586,7 +586,7 @@ def test_a_result_is_judged_by_its_state() -> None:
     assert {"state", "return_values", "failures"} <= found, f"RunResult now has the fields {found}"
 
 
-# -- stores ------------------------------------------------------------------------------------------------------------
+# -- stores -------------------------------------------------------------------------------------------------
 
 
 def _serve(listener: socket.socket) -> TCPStore:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import msgspec
 import pytest
@@ -78,6 +79,15 @@ def parse(*arguments: str) -> dict[str, str | None]:
     parser = argparse.ArgumentParser()
     add_flags(parser.add_argument_group("fault tolerance"))
     return vars(parser.parse_args(arguments))
+
+
+def complaints(ask) -> list[str]:
+    """The lines that a person would see, none when all is well."""
+    try:
+        ask()
+    except UsageError as error:
+        return str(error).splitlines()
+    return []
 
 
 def complaint(ask) -> str:
@@ -186,13 +196,19 @@ def test_F10_contradictory_timeouts_are_doubted():
 
 # Precedence and origins.
 
-OTHER_VALUES = {
+OTHER_VALUES: dict[str, tuple[list[str], list[Any]]] = {
     "rank_heartbeat_timeout": (["1s", "2s", "3s"], [1.0, 2.0, 3.0]),
     "rank_section_timeouts": (["a:1", "b:2", "a:3,b:4"], [{"a": 1.0}, {"b": 2.0}, {"a": 3.0, "b": 4.0}]),
     "log_level": (["debug", "WARN", "45"], [10, 30, 45]),
     "require_monitoring": (["yes", "0", "On"], [True, False, True]),
-    "restart_policy": (["min-healthy", "any-failed", "min-healthy"], ["min-healthy", "any-failed", "min-healthy"]),
-    "rank_termination_signal": (["SIGTERM", "sigusr1", "6"], [signal.SIGTERM, signal.SIGUSR1, signal.SIGABRT]),
+    "restart_policy": (
+        ["min-healthy", "any-failed", "min-healthy"],
+        ["min-healthy", "any-failed", "min-healthy"],
+    ),
+    "rank_termination_signal": (
+        ["SIGTERM", "sigusr1", "6"],
+        [signal.SIGTERM, signal.SIGUSR1, signal.SIGABRT],
+    ),
     "pci_topo_file": (["a b.xml", "/c", "null"], ["a b.xml", "/c", None]),
 }
 
@@ -279,7 +295,7 @@ CONFIGS = st.fixed_dictionaries(
         ),
         "require_monitoring": st.booleans(),
     },
-).map(lambda values: FaultToleranceConfig(**values))
+).map(lambda values: FaultToleranceConfig.from_kwargs(**values))
 
 
 @given(CONFIGS)
@@ -324,8 +340,14 @@ WRONG_LINES = {
     "F2_factor_nan": ("safety_factor: nan", f"{KEY}.safety_factor: nan: must be a number from 1 to 1000"),
     "F3_unit": ("rank_heartbeat_timeout: 5 min", f"{KEY}.rank_heartbeat_timeout: 5 min: {TIMEOUT}"),
     "F4_yes_as_a_timeout": ("rank_heartbeat_timeout: yes", f"{KEY}.rank_heartbeat_timeout: yes: {TIMEOUT}"),
-    "F4_list_as_a_timeout": ("rank_heartbeat_timeout: [5]", f"{KEY}.rank_heartbeat_timeout: a list: {TIMEOUT}"),
-    "F4_mapping_as_a_path": ("pci_topo_file: {a: b}", f"{KEY}.pci_topo_file: a mapping: must be a path or null"),
+    "F4_list_as_a_timeout": (
+        "rank_heartbeat_timeout: [5]",
+        f"{KEY}.rank_heartbeat_timeout: a list: {TIMEOUT}",
+    ),
+    "F4_mapping_as_a_path": (
+        "pci_topo_file: {a: b}",
+        f"{KEY}.pci_topo_file: a mapping: must be a path or null",
+    ),
     "F4_list_for_a_mapping": (
         "rank_section_timeouts: [5]",
         f"{KEY}.rank_section_timeouts: a list: must be durations by section (step:90s,eval:5m)",
@@ -339,7 +361,10 @@ WRONG_LINES = {
         f"{KEY}.rank_section_timeouts.step: a mapping: {TIMEOUT}",
     ),
     "F4_not_a_bool": ("require_monitoring: 2", f"{KEY}.require_monitoring: 2: must be true or false"),
-    "F4_word": ("restart_policy: min-helthy", f"{KEY}.restart_policy: min-helthy: must be any-failed or min-healthy"),
+    "F4_word": (
+        "restart_policy: min-helthy",
+        f"{KEY}.restart_policy: min-helthy: must be any-failed or min-healthy",
+    ),
     "F5_unknown_signal": (
         "rank_termination_signal: SIGTREM",
         f"{KEY}.rank_termination_signal: SIGTREM: must be a signal that ends a process (SIGTERM, SIGKILL)",
@@ -409,12 +434,18 @@ WRONG_FILES = {
         "ft.yaml: no fault_tolerance section; is it 'fault_tolerence' at line 3?",
     ),
     "F6_empty_section": ("fault_tolerance:\n", "ft.yaml:1: fault_tolerance: must be a mapping of settings"),
-    "F6_section_is_a_list": ("fault_tolerance: []\n", "ft.yaml:1: fault_tolerance: must be a mapping of settings"),
+    "F6_section_is_a_list": (
+        "fault_tolerance: []\n",
+        "ft.yaml:1: fault_tolerance: must be a mapping of settings",
+    ),
     "F6_two_sections": (
         "a:\n  fault_tolerance: {}\nfault_tolerance: {}\n",
         "ft.yaml:2: a second fault_tolerance section, after the one at line 3",
     ),
-    "F7_tab": ("fault_tolerance:\n\tlog_level: 10\n", "ft.yaml:2:1: not YAML: a tab, where YAML wants spaces"),
+    "F7_tab": (
+        "fault_tolerance:\n\tlog_level: 10\n",
+        "ft.yaml:2:1: not YAML: a tab, where YAML wants spaces",
+    ),
     "F7_colon": ("a: 1\n b: 2", "ft.yaml:2:3: not YAML: mapping values are not allowed in this context"),
     "F7_two_documents": ("a: 1\n--- 2\n", "ft.yaml:2:1: not YAML: but found another document"),
     "F7_undefined_alias": ("a: *b\n", "ft.yaml:1:4: not YAML: found undefined alias"),
@@ -431,7 +462,7 @@ WRONG_FILES = {
     "F12_deep_file": ("[" * 100_000, "ft.yaml:1:33: nested deeper than 32 levels"),
     "F12_alias_bomb": (
         "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)),
-        "ft.yaml:7:41: more than 50 aliases (*name)",
+        "ft.yaml:7:35: more than 50 aliases (*name)",
     ),
 }
 
@@ -445,7 +476,10 @@ def test_a_wrong_file_is_refused_with_its_place(case):
 WRONG_FLAGS = {
     "F2_negative": ({"rank_heartbeat_timeout": "-5"}, f"--ft-rank-heartbeat-timeout -5: {TIMEOUT}"),
     "F2_infinite": ({"rank_heartbeat_timeout": "inf"}, f"--ft-rank-heartbeat-timeout inf: {TIMEOUT}"),
-    "F4_word": ({"restart_policy": "min-helthy"}, "--ft-restart-policy min-helthy: must be any-failed or min-healthy"),
+    "F4_word": (
+        {"restart_policy": "min-helthy"},
+        "--ft-restart-policy min-helthy: must be any-failed or min-healthy",
+    ),
     "F4_bool": ({"enable_nic_monitor": "maybe"}, "--ft-enable-nic-monitor maybe: must be true or false"),
     "F4_empty_bool": ({"enable_nic_monitor": ""}, "--ft-enable-nic-monitor '': must be true or false"),
     "section_without_time": (
@@ -490,24 +524,18 @@ def test_a_wrong_variable_is_named_with_what_it_takes():
     st.sampled_from(["flag", "variable", "file"]),
 )
 def test_whatever_is_given_is_taken_or_refused_in_one_line(name, text, source):
-    try:
-        if source == "flag":
-            from_flags(**{name: text})
-        elif source == "variable":
-            from_environ(**{name.upper(): text})
-        else:
-            from_file(f"{name}: {text}")
-    except UsageError as error:
-        assert len(str(error).splitlines()) == 1
+    ask = {
+        "flag": lambda: from_flags(**{name: text}),
+        "variable": lambda: from_environ(**{name.upper(): text}),
+        "file": lambda: from_file(f"{name}: {text}"),
+    }[source]
+    assert len(complaints(ask)) <= 1
 
 
 @given(st.text() | st.text(alphabet="ab:-[]{}&*!<>\n \t'\"#%?|,"))
 def test_whatever_a_file_holds_it_is_taken_or_refused_in_one_line(text):
-    for whole in (text, f"fault_tolerance: {{{text}}}"):
-        try:
-            from_text(whole)
-        except UsageError as error:
-            assert len(str(error).splitlines()) == 1
+    assert len(complaints(lambda: from_text(text))) <= 1
+    assert len(complaints(lambda: from_text(f"fault_tolerance: {{{text}}}"))) <= 1
 
 
 # Where the section may stand, and what else may stand in the file.
@@ -529,8 +557,7 @@ def test_lenient_ignores_unknown_keys_with_a_warning_and_still_refuses_bad_value
     assert found.config.log_level == 10
     assert found.warnings == [
         f"{KEY}.rank_hartbeat_timeout: no such key; did you mean rank_heartbeat_timeout? (ignored)",
-        "ft.yaml:3: fault_tolerance.segment: known to nvidia-resiliency-ext, not supported here;"
-        " --ft-lenient-config ignores it (ignored)",
+        "ft.yaml:3: fault_tolerance.segment: known to nvidia-resiliency-ext, not supported here (ignored)",
     ]
     assert LIMIT in complaint(lambda: from_file("rank_heartbeat_timeout: -5", lenient=True))
 
@@ -572,7 +599,7 @@ def test_F7_a_file_that_may_not_be_read_is_named(tmp_path):
 def test_F12_a_large_file_is_refused_unread(tmp_path):
     path = tmp_path / "ft.yaml"
     path.write_bytes(b"#" * (1 << 20))
-    assert len(read_config_file(path)) == 1 << 20
+    assert read_config_file(path) == "#" * (1 << 20)
     with path.open("ab") as file:
         file.truncate(1 << 40)
     assert complaint(lambda: read_config_file(path)) == f"{path}: larger than 1 MiB, which no configuration is"
@@ -617,7 +644,9 @@ def test_the_options_come_from_flags_and_variables():
 
 def test_scripts_of_the_peer_can_make_one_of_arguments():
     config = FaultToleranceConfig.from_kwargs(
-        rank_heartbeat_timeout=5, rank_section_timeouts={"step": 2, "eval": None}, rank_termination_signal="SIGTERM"
+        rank_heartbeat_timeout=5,
+        rank_section_timeouts={"step": 2, "eval": None},
+        rank_termination_signal="SIGTERM",
     )
     assert (config.rank_heartbeat_timeout, config.rank_section_timeouts) == (5.0, {"step": 2.0, "eval": None})
     assert config.rank_termination_signal is signal.SIGTERM
@@ -687,7 +716,9 @@ def test_a_rank_that_imports_the_configuration_loads_no_reader_of_files():
 
 
 def test_the_names_that_may_be_configured_are_those_that_a_page_holds():
-    longest = {"x" * page.MAX_NAME_BYTES: 1.0} | {f"s{i}": 1.0 for i in range(page.MAX_SECTIONS - 1)}
+    longest: dict[str, float | None] = {"x" * page.MAX_NAME_BYTES: 1.0} | {
+        f"s{i}": 1.0 for i in range(page.MAX_SECTIONS - 1)
+    }
     assert FaultToleranceConfig(rank_section_timeouts=longest).rank_section_timeouts == longest
     for too_much in ({**longest, "one more": 1.0}, {"x" * (page.MAX_NAME_BYTES + 1): 1.0}):
         with pytest.raises(ValueError, match="rank_section_timeouts"):

@@ -15,6 +15,8 @@ from ft_launcher.timeouts import (
     calculated_sections,
     from_state,
     next_timeout,
+    with_calculated_heartbeats,
+    with_calculated_sections,
 )
 
 SPANS = st.floats(min_value=0.001, max_value=10_000)
@@ -66,3 +68,15 @@ def test_the_state_survives_json():
 def test_what_is_no_state_is_refused(state):
     with pytest.raises(ValueError, match="not a state of RankMonitorClient"):
         from_state(state)
+
+
+def test_a_loaded_limit_that_was_only_configured_does_not_override_the_file():
+    from_file = SectionTimeouts(section={"step": 7.0, "setup": 60.0}, out_of_section=30.0)
+    loaded = SectionTimeouts(
+        section={"step": 2.0, "setup": 1.0}, out_of_section=1.0, calculated_sections=frozenset({"step"})
+    )
+    found = with_calculated_sections(from_file, loaded)
+    assert (found.section, found.out_of_section) == ({"step": 2.0, "setup": 60.0}, 30.0)
+    configured = HeartbeatTimeouts(initial=1.0, subsequent=1.0)
+    current = HeartbeatTimeouts(initial=9.0, subsequent=9.0)
+    assert with_calculated_heartbeats(current, configured) is current
