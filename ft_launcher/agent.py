@@ -14,8 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.elastic import events
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.events.api import Event, EventMetadataValue, EventSource
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -48,6 +50,10 @@ from ft_launcher.signals import StopSignals
 __all__ = ["FtAgent"]
 
 logger = logging.getLogger(__name__)
+
+
+LEFTOVER_SECONDS = 1.0
+"""The grace for what ranks leave running when all of them have succeeded: nobody waits for it any more."""
 
 
 class FtAgent(LocalElasticAgent):
@@ -106,11 +112,10 @@ class FtAgent(LocalElasticAgent):
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         stacks = {local_rank: self._stacks_path(local_rank) for local_rank in pids}
         self._monitors.ranks_started(self._ranks, started_at, stacks)
-        logger.info(
-            "restart %d: started %s",
-            worker_group.spec.max_restarts - self._remaining_restarts,
-            ", ".join(f"rank {ranks[local_rank]} (pid {pid})" for local_rank, pid in pids.items()),
-        )
+        most = worker_group.spec.max_restarts
+        restarts = most - self._remaining_restarts
+        started = ", ".join(f"rank {ranks[local_rank]} (pid {pid})" for local_rank, pid in pids.items())
+        logger.info("%sstarted %s", f"restart {restarts} of {most}: " if restarts else "", started)
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -166,6 +171,7 @@ class FtAgent(LocalElasticAgent):
                 self._hangs[local_rank] = message
                 where = f"; its stacks are in {message.stacks_path}" if message.stacks_path else ""
                 logger.error("%s: %s; killing%s", who, message.cause, where)
+                self._record_hang(worker_group, local_rank, message)
             case RankUnkillable(pid=pid, state=state):
                 self._decide(Unkillable(pid, state))
             case ControlRequested(action=action, description=description):
@@ -176,6 +182,21 @@ class FtAgent(LocalElasticAgent):
                     self._decide(Excluded(description))
             case _:
                 pass
+
+    def _record_hang(self, worker_group: WorkerGroup, local_rank: int, message: RankHung) -> None:
+        worker, spec = worker_group.workers[local_rank], worker_group.spec
+        metadata: dict[str, EventMetadataValue] = {
+            "run_id": spec.rdzv_handler.get_run_id(),
+            "global_rank": worker.global_rank,
+            "group_rank": worker_group.group_rank,
+            "worker_id": str(worker.id),
+            "role": spec.role,
+            "hostname": self._host,
+            "raw_error": message.cause,
+            "metadata": message.stacks_path,
+        }
+        event = Event(name="ft_launcher.rank_hung", source=EventSource.AGENT, metadata=metadata)
+        events.record(event, getattr(spec, "event_log_handler", "null"))
 
     def _decide(self, cause: Cause) -> None:
         """The job ends for `cause`, which counts only if nothing was decided before."""
@@ -192,7 +213,8 @@ class FtAgent(LocalElasticAgent):
                 self._stop(signal.SIGTERM, self._stop_grace)
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state == WorkerState.SUCCEEDED:
-                self._stop(signal.SIGTERM, self._stop_grace)
+                # Only what the ranks have left running is still there.
+                self._stop(signal.SIGTERM, min(self._stop_grace, LEFTOVER_SECONDS))
             return result
         failures = self._failures(worker_group, failed)
         self._stop(signal.SIGTERM, self._stop_grace)

@@ -161,7 +161,7 @@ class FaultToleranceConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     @classmethod
     def from_args(cls, args: "argparse.Namespace") -> "FaultToleranceConfig":
-        """Make one of the `ft_` attributes, of which `ft_cfg_path` counts least. ValueError if all are None."""
+        """Make one of the `ft_` attributes; `ft_cfg_path` counts least. ValueError if all are None."""
         flags = {name: value for name, value in vars(args).items() if name.startswith("ft_")}
         if all(value is None for value in flags.values()):
             raise ValueError("no configuration: neither ft_cfg_path nor another ft_ argument is set")

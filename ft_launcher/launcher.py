@@ -1,11 +1,9 @@
 """The command ft_launcher: torchrun's command line and ours in, one job on this node, one exit code out."""
 
 import argparse
-import difflib
 import logging
 import os
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -27,7 +25,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, 
 from torch.distributed.launcher.api import LaunchConfig
 
 from ft_launcher import config as configuration
-from ft_launcher import exec_shim, processes
+from ft_launcher import exec_shim, processes, torch_flags
 from ft_launcher.agent import FtAgent
 from ft_launcher.causes import LauncherSignalled, NotMonitored, exit_code, sentence
 from ft_launcher.config import ConfigOptions, FaultToleranceConfig, Resolved
@@ -56,9 +54,9 @@ class _Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split()
         if unknown and message.startswith("unrecognized"):
             word = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
-            message = f"{word}: no such flag" + (f"; did you mean {near[0]}?" if near else "")
-        raise UsageError(message)
+            near = torch_flags.nearest(word, list(self._option_string_actions))
+            message = f"{word}: no such flag" + (f"; did you mean {near}?" if near else "")
+        raise UsageError(f"{message} (see ft_launcher --help)")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -102,20 +100,22 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def _run(argv: list[str]) -> int:
     arguments = get_args_parser().parse_args(argv)
     options, resolved = _fault_tolerance(arguments)
+    torch_flags.check_values(arguments)
     if options.dry_run:
         sys.stdout.write(_dry_run(arguments, resolved))
         return 0
     open_console(resolved.config.log_level)
     for warning in resolved.warnings:
         logger.warning(warning)
-    _check_script(arguments)
+    _check_policy(arguments, resolved.config)
+    torch_flags.check_command(arguments, os.environ.get("PYTHON_EXEC", sys.executable))
     _normalise_single_node(arguments)
     own_log_dir = _make_log_dir(arguments)
     try:
         launch_config, entrypoint, worker_arguments = torchrun.config_from_args(arguments)
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
         prune_empty(own_log_dir)
-        raise UsageError(_torch_complaint(arguments, error)) from None
+        raise UsageError(torch_flags.complaint(arguments, error)) from None
     return launch(
         launch_config,
         entrypoint,
@@ -125,6 +125,7 @@ def _run(argv: list[str]) -> int:
         stop_grace=arguments.workers_stop_timeout,
         signal_grace=arguments.term_timeout,
         exit_barrier=arguments.exit_barrier_timeout,
+        expect_monitoring=_asks_for_monitoring(options, resolved),
     )
 
 
@@ -142,6 +143,11 @@ def _fault_tolerance(arguments: argparse.Namespace) -> tuple[ConfigOptions, Reso
     return options, resolved
 
 
+def _asks_for_monitoring(options: ConfigOptions, resolved: Resolved) -> bool:
+    given = [name for name, setting in resolved.settings.items() if setting.origin != "default"]
+    return options.cfg_path is not None or any("timeout" in name for name in given)
+
+
 def _dry_run(arguments: argparse.Namespace, resolved: Resolved) -> str:
     command = shlex.join([arguments.training_script, *arguments.training_script_args])
     warnings = "".join(f"warning: {warning}\n" for warning in resolved.warnings)
@@ -152,23 +158,13 @@ def _dry_run(arguments: argparse.Namespace, resolved: Resolved) -> str:
     )
 
 
-def _check_script(arguments: argparse.Namespace) -> None:
-    """A command that cannot be executed is known before anything is started, and no restart would help."""
-    script = arguments.training_script
-    if arguments.no_python and not arguments.run_path:
-        if not arguments.module and shutil.which(script) is None:
-            raise UsageError(f"{script}: no such command, or it may not be executed")
-        return
-    interpreter = os.environ.get("PYTHON_EXEC", sys.executable)
-    if shutil.which(interpreter) is None:
-        raise UsageError(f"PYTHON_EXEC={interpreter}: no such command, or it may not be executed")
-    if not arguments.module and script != "-" and not os.access(script, os.R_OK):
-        folder = Path(script).parent
-        near = difflib.get_close_matches(
-            Path(script).name, [each.name for each in folder.iterdir()] if folder.is_dir() else [], n=1
-        )
-        hint = f"; did you mean {folder / near[0]}?" if near else ""
-        raise UsageError(f"{script}: no such script, or it may not be read{hint}")
+def _check_policy(arguments: argparse.Namespace, ft: FaultToleranceConfig) -> None:
+    """Refuse, or warn of, what is understood but not there yet."""
+    if ft.restart_policy == "min-healthy" and arguments.nnodes not in ("1", "1:1"):
+        raise UsageError("--ft-restart-policy min-healthy: works on one node so far; use any-failed with several")
+    for key in ("enable_nic_monitor", "pci_topo_file", "link_down_path_template"):
+        if getattr(ft, key):
+            logger.warning("%s is set, but network links are not watched yet", key)
 
 
 def _normalise_single_node(arguments: argparse.Namespace) -> None:
@@ -195,18 +191,6 @@ def _make_log_dir(arguments: argparse.Namespace) -> str:
     return str(arguments.log_dir)
 
 
-def _torch_complaint(arguments: argparse.Namespace, error: Exception) -> str:
-    """Torch's complaint about a value, in one line that names the flag."""
-    text = " ".join(str(error).split())
-    for flag in ("nnodes", "nproc_per_node", "redirects", "tee", "rdzv_conf", "local_ranks_filter", "logs_specs"):
-        value = getattr(arguments, flag)
-        if isinstance(value, str) and value and (flag in text or value in text):
-            return f"--{flag.replace('_', '-')} {value}: {text}"
-    if isinstance(error, OSError):
-        return f"--log-dir {arguments.log_dir}: {text}"
-    return text
-
-
 def launch(
     config: LaunchConfig,
     entrypoint: Entrypoint,
@@ -217,12 +201,14 @@ def launch(
     stop_grace: float | None = None,
     signal_grace: float | None = None,
     exit_barrier: float | None = None,
+    expect_monitoring: bool = False,
 ) -> int:
     """Run the job on this node to its end and give the exit code.
 
     The graces (seconds from SIGTERM to SIGKILL, before a restart and after a signal) default to the configuration's
-    `shutdown_timeout`. `own_log_dir` is removed at the end unless it holds something to read. Raises ChildFailedError
-    when workers of this node failed, UsageError when the rendezvous cannot be opened with these parameters.
+    `shutdown_timeout`. `own_log_dir` is removed at the end unless it holds something to read. `expect_monitoring`: say
+    so if no rank connected to its monitor. Raises ChildFailedError when workers of this node failed, UsageError when
+    the rendezvous cannot be opened with these parameters.
     """
     grace = float(getattr(config, "shutdown_timeout", None) or os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
     signals = StopSignals(getattr(config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
@@ -238,7 +224,11 @@ def launch(
             stop_grace=grace if stop_grace is None else stop_grace,
             signal_grace=grace if signal_grace is None else signal_grace,
             exit_barrier=EXIT_BARRIER_SECONDS if exit_barrier is None else exit_barrier,
+            expect_monitoring=expect_monitoring,
         )
+    except SignalException as received:  # before the first workers, or after the last
+        logger.error("%s", sentence(LauncherSignalled(received.sigval)))  # noqa: TRY400 - no traceback for a signal
+        return exit_code(LauncherSignalled(received.sigval))
     finally:
         prune_empty(own_log_dir)
 
@@ -254,6 +244,7 @@ def _launch(
     stop_grace: float,
     signal_grace: float,
     exit_barrier: float,
+    expect_monitoring: bool,
 ) -> int:
     parameters = RendezvousParameters(
         backend=config.rdzv_backend,
@@ -267,7 +258,7 @@ def _launch(
     try:
         rendezvous = open_rendezvous(parameters)
     except (ValueError, OSError, RendezvousConnectionError) as error:
-        raise UsageError(f"--rdzv-endpoint {config.rdzv_endpoint}: {' '.join(str(error).split())}") from error
+        raise UsageError(torch_flags.rendezvous_complaint(config.rdzv_backend, config.rdzv_endpoint, error)) from error
     name, command = _command(entrypoint, args)
     # Fields that LaunchConfig and WorkerSpec share go across by name, so those of a newer torch do too.
     shared = {each.name: getattr(config, each.name) for each in fields(WorkerSpec) if hasattr(config, each.name)}
@@ -314,6 +305,8 @@ def _launch(
             agent.clean_up()
             if shut_down:
                 rendezvous.shutdown()
+        if expect_monitoring and not agent.any_connected and not ft.require_monitoring:
+            logger.info("no rank connected to its monitor, so nobody watched for hangs; does the script use the client?")
         return _outcome(agent, result, name, ft)
 
 

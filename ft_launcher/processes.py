@@ -16,20 +16,22 @@ from ft_launcher.procfs import (
     catches,
     has_environment,
     memory_limit,
+    newest_pid,
     oom_kill_count,
     read_entry,
     read_pids,
     stacks_from_proc,
     state,
-)
+)  # fmt: skip
 
 __all__ = ["Process", "Survivor", "Tree", "become_subreaper", "belongs_to", "catches", "kill_orphans", "kill_tree",
            "memory_limit", "oom_kill_count", "orphans", "reap", "stacks_from_proc", "state",
            "wait_gone"]  # fmt: skip
 
 _PR_SET_CHILD_SUBREAPER = 36
-_EMPTY_PASSES = 3  # a fork bomb's next generation may hide from one pass over /proc, hardly from three in a row
 _SWEEP = 0.05  # seconds; look again so soon although something still lives, as it may be forking
+_EMPTY_PASSES = 3
+_SETTLE = 0.1  # seconds; a chain of forks goes unseen while each generation ends within one pass over /proc
 
 
 class Survivor(Struct, frozen=True):
@@ -112,7 +114,7 @@ class Tree:
     def __init__(self, roots: Iterable[Process], *, markers: Iterable[str] = (), exclude: Collection[int] = ()) -> None:
         self._markers = list(markers)
         self._exclude = frozenset(exclude)
-        self._known = {(root.pid, root.started) for root in roots}
+        self._known = {(root.pid, root.started): None for root in roots}  # in this order, roots first
         self._sessions = {root.session for root in roots if root.session == root.pid}
         # A root that leads no session (a multiprocessing worker) shares the launcher's.
         self._foreign = {root.session for root in roots} - self._sessions
@@ -131,13 +133,14 @@ class Tree:
         for pid in [pid for pid, member in self._held.items() if member.pidfd not in alive]:
             self._held.pop(pid).close()
         for entry in self._find({entry.pid: entry for pid in read_pids() if (entry := read_entry(pid))}):
-            self._known.add((entry.pid, entry.started))
+            self._known[entry.pid, entry.started] = None
             if entry.pid in self._held or len(self._held) >= self._most:
                 continue
             with contextlib.suppress(ProcessLookupError):  # it died first
-                self._held[entry.pid] = Process(entry.pid, entry.started)
-        alive = wait_gone((member.pidfd for member in self._held.values()), 0.0)
-        return [member for member in self._held.values() if member.pidfd in alive]
+                member = self._held[entry.pid] = Process(entry.pid, entry.started)
+                if member.is_gone():  # a zombie, which would take a place for as long as its parent does not reap it
+                    self._held.pop(entry.pid).close()
+        return list(self._held.values())
 
     def _find(self, table: dict[int, Entry]) -> Iterable[Entry]:
         above = ancestry()
@@ -147,7 +150,7 @@ class Tree:
         for entry in table.values():
             by_parent.setdefault(entry.parent, []).append(entry)
             by_session.setdefault(entry.session, []).append(entry)
-        queue = [entry for entry in table.values() if (entry.pid, entry.started) in self._known]
+        queue = [table[pid] for pid, started in self._known if pid in table and table[pid].started == started]
         for session in self._sessions:
             # A leader that is not ours has made a new session of this number, after the last of ours had gone.
             leader = table.get(session)
@@ -158,7 +161,7 @@ class Tree:
         queue += (entry for entry in adopted if has_environment(entry.pid, self._markers))
         found: dict[int, Entry] = {}
         while queue:
-            entry = queue.pop()
+            entry = queue.pop(0)
             if entry.pid in found or entry.pid in above or entry.pid in self._exclude:
                 continue
             found[entry.pid] = entry
@@ -180,17 +183,18 @@ def kill_tree(
 ) -> list[Survivor]:
     """Stop these processes and all they have started; whoever is still there in the end, usually nobody.
 
-    Continues the roots and their process groups and sends them `signum`, waits for these up to `grace` seconds, and
-    sends SIGKILL to the whole tree, over again until it stays empty, for up to `limit` seconds. SIGKILL is also sent
-    when an exception (a second signal to the launcher) ends the wait; it then goes on to the caller.
+    Sends `signum` to the roots and their process groups (and continues what is stopped), waits for these up to `grace`
+    seconds, and sends SIGKILL to the whole tree, over again until it stays empty, for up to `limit` seconds. Also when
+    an exception (a second signal to the launcher) ends the wait; it then goes on to the caller.
     """
     leaders = {root.pid for root in roots}
     with contextlib.closing(Tree(roots, markers=markers, exclude=exclude)) as tree:
         try:
             asked = [member for member in tree.look() if {member.pid, member.group} & leaders]
-            for polite in (signal.SIGCONT, signum):
-                for member in asked:
-                    member.send(polite)
+            for member in asked:
+                # In this order a stopped one wakes to the signal; else it would first go on with what it was doing.
+                member.send(signum)
+                member.send(signal.SIGCONT)
             wait_gone((member.pidfd for member in asked), grace)
         finally:
             try:
@@ -204,15 +208,24 @@ def kill_tree(
 
 def _sweep(tree: Tree, deadline: float) -> list[Survivor]:
     living: list[Process] = []
-    empty_passes = 0
-    while empty_passes < _EMPTY_PASSES:
+    empty = quiet = 0
+    settled_at = monotonic() + _SETTLE
+    # Passes during which the machine started nothing missed nothing. It may never be that quiet: time must then do.
+    while quiet < _EMPTY_PASSES and (empty < _EMPTY_PASSES or monotonic() < settled_at):
+        newest = newest_pid()
         living = tree.look()
+        if not living:
+            empty += 1
+            quiet = quiet + 1 if newest is not None and newest == newest_pid() else 0
+            continue
         for member in living:
             member.send(signal.SIGKILL)
-        empty_passes = 0 if living else empty_passes + 1
         wait_gone((member.pidfd for member in living), min(_SWEEP, max(0.0, deadline - monotonic())))
-        if living and monotonic() >= deadline:
+        empty = quiet = 0
+        now = monotonic()
+        if now >= deadline:
             break
+        settled_at = now + _SETTLE
     entries = [(member, read_entry(member.pid)) for member in living if not member.is_gone()]
     return [Survivor(e.pid, e.name, e.state) for member, e in entries if e and e.started == member.started]
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-__all__ = ["Entry", "ancestry", "belongs_to", "catches", "has_environment", "memory_limit", "oom_kill_count",
-           "read_entry", "read_pids", "stacks_from_proc", "state"]  # fmt: skip
+__all__ = ["Entry", "ancestry", "belongs_to", "catches", "has_environment", "memory_limit", "newest_pid",
+           "oom_kill_count", "read_entry", "read_pids", "stacks_from_proc", "state"]  # fmt: skip
 
 # Paths are strings here: the monitors import this module, and pathlib would cost each of them 1 MB.
 
@@ -29,6 +29,12 @@ def read_pids(folder: str = "/proc") -> list[int]:
         return [int(name) for name in os.listdir(folder) if name.isdigit()]  # noqa: PTH208  # ten times faster
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def newest_pid() -> int | None:
+    """The last number given to a process or thread; equal at two moments: none was created between them."""
+    words = _read("/proc/loadavg").split()
+    return int(words[4]) if len(words) == 5 else None
 
 
 def read_entry(pid: int) -> Entry | None:

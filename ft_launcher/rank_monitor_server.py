@@ -78,7 +78,6 @@ class _Rank:
         self.evidence = Evidence(process, marker, stacks_fd, started.stacks_path)
         if started.speaker is not None:
             self.evidence.heed(started.speaker)
-        self.connected = False
         self.ended = False
         self.escalate_at: float | None = None
         self.give_up_at: float | None = None
@@ -139,7 +138,7 @@ class RankMonitor:
             return None
         now = time.monotonic()
         if rank.give_up_at is not None:
-            return min(at for at in (rank.escalate_at, rank.give_up_at) if at is not None)
+            return min(at for at in (rank.escalate_at, rank.give_up_at, now + BEAT_SECONDS) if at is not None)
         return next_look(self._due(rank), rank.limits, now, at_most=min(settings.check_interval, BEAT_SECONDS))
 
     def _due(self, rank: _Rank) -> Deadline | None:
@@ -152,9 +151,6 @@ class RankMonitor:
         if rank is None or rank.ended:
             return
         rank.page.stamps[Slot.LOOKED] = time.monotonic_ns()
-        if not rank.connected and rank.page.read().connected is not None:
-            rank.connected = True
-            self._tell_launcher(RankConnected(rank.pid))
         if rank.give_up_at is not None:
             self._finish_kill(rank)
             return
@@ -339,6 +335,8 @@ class RankMonitor:
             speaker = Speaker(connection.pid, hello.stack_signal)
             rank.evidence.heed(speaker)
             self._tell_launcher(SpeakerChanged(rank.pid, speaker))
+            # Before the welcome: the rank may end on it, and the launcher must then know that it was monitored.
+            self._tell_launcher(RankConnected(rank.pid))
             welcome = encode(Welcome(protocol=PROTOCOL, config=settings.config))
             try:
                 socket.send_fds(connection.socket, [welcome], [rank.page.fd, rank.evidence.stacks_fd])

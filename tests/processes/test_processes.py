@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import select
 import shutil
 import signal
@@ -125,6 +124,10 @@ def family():
     family.close()
 
 
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
 # -- one process ------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +198,7 @@ def test_L16_children_in_sessions_of_their_own_are_found_and_killed(family):
 script = '''
 import os, subprocess, sys, time
 child = subprocess.Popen(sys.argv[1:], env={}, start_new_session=True)
-os.write(1, f"grandchild {child.pid}\\n".encode())
+print("grandchild", child.pid, flush=True)
 time.sleep(600)
 '''
 say("child", subprocess.Popen([sys.executable, "-S", "-c", script, *SLEEP], env={}, start_new_session=True).pid)
@@ -218,8 +221,9 @@ def test_R11_daemons_that_left_session_and_parent_are_killed_by_their_environmen
 
 
 def test_R11_an_orphan_in_the_session_is_killed_though_its_environment_is_clean(family):
-    rank = family.start("daemon('orphan', leave_session=False, env={}); time.sleep(600)")
-    assert members(rank) == {rank.popen.pid, *rank.hear("orphan").values()}
+    rank = family.start("daemon('orphan', leave_session=False, env={}); say('ready'); time.sleep(600)")
+    orphan = rank.hear("orphan", "ready")["orphan"]
+    assert members(rank) == {rank.popen.pid, orphan}
     assert kill_tree([rank.process], grace=0.0) == []
     assert family.living() == []
 
@@ -237,8 +241,8 @@ def test_R11_what_a_dead_rank_has_left_is_killed(family, reaped):
 
 
 def test_the_environment_entry_must_be_the_same_to_the_end(family):
-    rank = family.start("daemon('orphan'); time.sleep(600)")
-    orphan = rank.hear("orphan")["orphan"]
+    rank = family.start("daemon('orphan'); say('ready'); time.sleep(600)")
+    orphan = rank.hear("orphan", "ready")["orphan"]
     for other in (family.marker + "0", family.marker[:-1], family.marker[1:]):
         assert orphan not in members(rank, markers=(other,))
     kill_tree([rank.process], markers=[family.marker], grace=0.0)
@@ -265,7 +269,7 @@ def test_a_root_without_a_session_of_its_own_does_not_drag_its_launcher_in(famil
     launcher = """
 from ft_launcher.processes import Process, kill_tree
 rank, sibling = subprocess.Popen(SLEEP), subprocess.Popen(SLEEP)
-print(kill_tree([Process(rank.pid)], grace=0.0), rank.wait(), sibling.poll())
+print(kill_tree([Process(rank.pid)], signum=signal.SIGKILL, grace=0.0), rank.wait(), sibling.poll())
 sibling.kill(); sibling.wait()
 """
     assert family.run(launcher) == "[] -9 None\n"
@@ -294,8 +298,9 @@ from ft_launcher.processes import Process, Tree, kill_tree
 if len(sys.argv) == 2:
     sys.exit(subprocess.run([sys.executable, *sys.orig_argv[1:], "below"]).returncode)
 up = [Process(pid) for pid in (os.getpid(), os.getppid())]
-print([member.pid for member in Tree(up, markers=["%s"]).look()], kill_tree(up, markers=["%s"], grace=0.0))
-""" % (family.marker, family.marker)
+mark = "FT_TEST_FAMILY=" + TOKEN
+print([member.pid for member in Tree(up, markers=[mark]).look()], kill_tree(up, markers=[mark], grace=0.0))
+"""
     assert family.run(script) == "[] []\n"
 
 
@@ -400,8 +405,8 @@ def test_R9_what_will_not_die_is_reported(family):
         rank.hear("ready")
         (freezer / "cgroup.procs").write_text(str(rank.popen.pid))
         (freezer / "freezer.state").write_text("FROZEN")
-        [survivor] = kill_tree([rank.process], grace=0.0, limit=0.2)
-        assert survivor == Survivor(rank.popen.pid, procfs.read_entry(rank.popen.pid).name, "D")
+        [survivor] = kill_tree([rank.process], signum=signal.SIGKILL, grace=0.0, limit=0.2)
+        assert survivor == Survivor(rank.popen.pid, name_of(rank.popen.pid), "D")
     finally:
         (freezer / "freezer.state").write_text("THAWED")
         processes.wait_gone([rank.process.pidfd], GENEROUS)
@@ -454,11 +459,18 @@ def test_a_tree_larger_than_the_descriptors_is_killed_in_parts(family):
     launcher = """
 import resource
 from ft_launcher.processes import Process, kill_tree
-script = "import os, time\\nfor _ in range(60):\\n    if os.fork() == 0: time.sleep(600)\\nprint(flush=True); time.sleep(600)"
+script = '''
+import os, time
+for _ in range(60):
+    if os.fork() == 0:
+        time.sleep(600)
+print(flush=True)
+time.sleep(600)
+'''
 rank = subprocess.Popen([sys.executable, "-S", "-c", script], start_new_session=True, stdout=subprocess.PIPE)
 rank.stdout.readline()
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-print(kill_tree([Process(rank.pid)], grace=0.0), rank.wait())
+print(kill_tree([Process(rank.pid)], signum=signal.SIGKILL, grace=0.0), rank.wait())
 """
     assert family.run(launcher) == "[] -9\n"
     assert family.living() == []
@@ -467,9 +479,9 @@ print(kill_tree([Process(rank.pid)], grace=0.0), rank.wait())
 def test_no_descriptor_is_kept(family):
     rank = family.start("subprocess.Popen(SLEEP); daemon('one'); say('ready'); time.sleep(600)")
     rank.hear("ready")
-    before = os.listdir("/proc/self/fd")
+    before = procfs.read_pids("/proc/self/fd")
     kill_tree([rank.process], markers=[family.marker], grace=0.0)
-    assert os.listdir("/proc/self/fd") == before
+    assert procfs.read_pids("/proc/self/fd") == before
 
 
 # -- a subreaper's orphans --------------------------------------------------------------------------------------------
@@ -544,7 +556,7 @@ say("ready"); signal.pause()
     pid = rank.hear("ready")["ready"]
     wait_for(lambda: processes.stacks_from_proc(pid).count("S (sleeping)") == 2, "two threads asleep")
     text = processes.stacks_from_proc(pid)
-    assert text.startswith(f"thread {pid} ({procfs.read_entry(pid).name}): ")
+    assert text.startswith(f"thread {pid} ({name_of(pid)}): ")
     assert text.count("system call: ") == 2
     assert "and 1 more threads" in processes.stacks_from_proc(pid, most_threads=1)
     kill_tree([rank.process], grace=0.0)

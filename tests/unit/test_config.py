@@ -55,6 +55,8 @@ OUR_DEFAULTS = {
 
 LIMIT = "must be a duration above 0 (90, 90s, 5m, 1h)"
 TIMEOUT = f"{LIMIT} or null"
+NAME = "the name of a section must be 1 to 64 bytes of printable UTF-8"
+LEVEL = "must be debug, info, warning, error, critical or a number from 10 to 50"
 KEY = "ft.yaml:2: fault_tolerance"
 
 
@@ -98,7 +100,8 @@ def complaint(ask) -> str:
 
 def test_every_key_of_the_peer_and_ours_has_its_default():
     config = FaultToleranceConfig()
-    assert {name: getattr(config, name) for name in described(FaultToleranceConfig)} == PEER_DEFAULTS | OUR_DEFAULTS
+    values = {name: getattr(config, name) for name in described(FaultToleranceConfig)}
+    assert values == PEER_DEFAULTS | OUR_DEFAULTS
 
 
 # Durations.
@@ -174,9 +177,9 @@ def test_F9_a_timeout_of_more_than_a_week_is_doubted(setting, seen):
 
 
 def test_F9_the_doubt_says_how_long_it_is_and_where_it_stands():
-    assert from_file("rank_heartbeat_timeout: 1800000", "rank_section_timeouts: {step: 999h}").warnings == [
+    assert from_file("rank_heartbeat_timeout: 1800000", "rank_section_timeouts: {s: 999h}").warnings == [
         f"{KEY}.rank_heartbeat_timeout: 1800000: that is 500 h; a number without a unit is seconds",
-        "ft.yaml:3: fault_tolerance.rank_section_timeouts: step: that is 999 h; a number without a unit is seconds",
+        f"{KEY.replace('2', '3')}.rank_section_timeouts: s: that is 999 h; a number without a unit is seconds",
     ]
 
 
@@ -242,11 +245,12 @@ def test_F8_the_last_of_default_file_variable_and_flag_wins_and_is_named(name, s
 
 def test_F8_a_wrong_value_is_an_error_even_where_a_flag_overrides_it():
     text = "fault_tolerance: {rank_heartbeat_timeout: -5}"
-    assert "-5: must be" in complaint(lambda: resolve(text, "ft.yaml", {}, {"ft_rank_heartbeat_timeout": "5"}))
+    flags = {"ft_rank_heartbeat_timeout": "5"}
+    assert complaint(lambda: resolve(text, "ft.yaml", {}, flags)).endswith(f"-5: {TIMEOUT}")
 
 
 def test_an_empty_variable_is_not_given_and_an_empty_flag_is_null():
-    # `PET_FT_X="$UNSET"` must not end the hang detection; an empty flag does in the peer, and is doubted here.
+    # PET_FT_X="$UNSET" must not end the hang detection; an empty flag does, as in the peer.
     assert from_environ(RANK_HEARTBEAT_TIMEOUT="").settings["rank_heartbeat_timeout"].origin == "default"
     found = from_flags(rank_heartbeat_timeout="")
     assert found.config.rank_heartbeat_timeout is None
@@ -254,9 +258,9 @@ def test_an_empty_variable_is_not_given_and_an_empty_flag_is_null():
 
 
 def test_F1_an_unknown_variable_is_a_warning_that_names_the_nearest():
-    assert from_environ(RANK_HARTBEAT_TIMEOUT="5", CFG_PATHS="x", ZZZ="1", CFG_PATH="x").warnings == [
+    assert from_environ(LOGLEVEL="5", CFG_PATHS="x", ZZZ="1", CFG_PATH="x").warnings == [
         "PET_FT_CFG_PATHS: no such variable; did you mean PET_FT_CFG_PATH? (ignored)",
-        "PET_FT_RANK_HARTBEAT_TIMEOUT: no such variable; did you mean PET_FT_RANK_HEARTBEAT_TIMEOUT? (ignored)",
+        "PET_FT_LOGLEVEL: no such variable; did you mean PET_FT_LOG_LEVEL? (ignored)",
         "PET_FT_ZZZ: no such variable (ignored)",
     ]
 
@@ -280,25 +284,23 @@ def test_the_table_of_settings_is_a_file_that_means_the_same():
 
 
 TIMES = st.none() | st.floats(min_value=1e-6, max_value=1e8)
-NAMES = st.text(min_size=1, max_size=16).filter(lambda name: name.isprintable())
-CONFIGS = st.fixed_dictionaries(
+PRINTABLE = st.text(min_size=1, max_size=16).filter(lambda name: name.isprintable())
+FIELDS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {},
     optional={
         "rank_heartbeat_timeout": TIMES,
-        "rank_section_timeouts": st.dictionaries(NAMES, TIMES, max_size=4),
+        "rank_section_timeouts": st.dictionaries(PRINTABLE, TIMES, max_size=4),
         "rank_termination_signal": st.sampled_from([signal.SIGTERM, signal.SIGKILL, signal.SIGRTMIN]),
         "log_level": st.integers(10, 50),
         "safety_factor": st.floats(1, 1000),
         "exit_codes": st.sampled_from(["torchrun", "classified"]),
-        "pci_topo_file": NAMES.filter(lambda name: name.strip().lower() not in ("", "null", "none", "~")).map(
-            str.strip
-        ),
+        "pci_topo_file": PRINTABLE.map(lambda name: f"/{name.strip()}"),
         "require_monitoring": st.booleans(),
     },
-).map(lambda values: FaultToleranceConfig.from_kwargs(**values))
+)
 
 
-@given(CONFIGS)
+@given(FIELDS.map(lambda fields: FaultToleranceConfig(**fields)))
 def test_a_configuration_survives_a_socket_and_a_file(config):
     sent = msgspec.msgpack.encode(config)
     received = msgspec.msgpack.decode(sent, type=FaultToleranceConfig)
@@ -308,7 +310,7 @@ def test_a_configuration_survives_a_socket_and_a_file(config):
     assert from_text(render(settings)).config == config
 
 
-@pytest.mark.parametrize("fields", [{"rank_heartbeat_timeout": -1.0}, {"rank_hartbeat": 1.0}, {"restart_policy": "x"}])
+@pytest.mark.parametrize("fields", [{"safety_factor": -1.0}, {"rank_hartbeat": 1.0}, {"restart_policy": "x"}])
 def test_what_comes_over_a_socket_is_checked_too(fields):
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=FaultToleranceConfig)
@@ -375,7 +377,7 @@ WRONG_LINES = {
     ),
     "F5_log_level": (
         "log_level: 99",
-        f"{KEY}.log_level: 99: must be debug, info, warning, error, critical or a number from 10 to 50",
+        f"{KEY}.log_level: 99: {LEVEL}",
     ),
     "F5_template": (
         "link_down_path_template: /sys/link_downed",
@@ -391,15 +393,15 @@ WRONG_LINES = {
     ),
     "long_section_name": (
         f"rank_section_timeouts: {{{'x' * 65}: 1}}",
-        f"{KEY}.rank_section_timeouts: {'x' * 65}: the name of a section must be 1 to 64 bytes of printable UTF-8",
+        f"{KEY}.rank_section_timeouts: {'x' * 65}: {NAME}",
     ),
     "long_section_name_in_bytes": (
         f"rank_section_timeouts: {{{'é' * 33}: 1}}",
-        f"{KEY}.rank_section_timeouts: {'é' * 33}: the name of a section must be 1 to 64 bytes of printable UTF-8",
+        f"{KEY}.rank_section_timeouts: {'é' * 33}: {NAME}",
     ),
     "empty_section_name": (
         "rank_section_timeouts: {'': 1}",
-        f"{KEY}.rank_section_timeouts: '': the name of a section must be 1 to 64 bytes of printable UTF-8",
+        f"{KEY}.rank_section_timeouts: '': {NAME}",
     ),
     "too_many_sections": (
         f"rank_section_timeouts: {{{', '.join(f's{i}: 1' for i in range(257))}}}",
@@ -415,7 +417,7 @@ WRONG_LINES = {
     ),
     "a_long_value_is_cut": (
         f"log_level: {'x' * 99}",
-        f"{KEY}.log_level: '{'x' * 80}'...: must be debug, info, warning, error, critical or a number from 10 to 50",
+        f"{KEY}.log_level: '{'x' * 80}'...: {LEVEL}",
     ),
 }
 
@@ -500,7 +502,7 @@ WRONG_FLAGS = {
     ),
     "section_with_a_lone_surrogate": (
         {"rank_section_timeouts": "\udcff:5"},
-        "--ft-rank-section-timeouts '\\udcff': the name of a section must be 1 to 64 bytes of printable UTF-8",
+        f"--ft-rank-section-timeouts '\\udcff': {NAME}",
     ),
     "rendezvous": ({"rdzv_impl": "etcd"}, "--ft-rdzv-impl etcd: must be legacy or barrier or null"),
 }
@@ -513,9 +515,8 @@ def test_a_wrong_flag_is_named_with_what_it_takes(case):
 
 
 def test_a_wrong_variable_is_named_with_what_it_takes():
-    assert (
-        complaint(lambda: from_environ(RANK_HEARTBEAT_TIMEOUT="-5")) == f"PET_FT_RANK_HEARTBEAT_TIMEOUT=-5: {TIMEOUT}"
-    )
+    line = complaint(lambda: from_environ(RANK_HEARTBEAT_TIMEOUT="-5"))
+    assert line == f"PET_FT_RANK_HEARTBEAT_TIMEOUT=-5: {TIMEOUT}"
 
 
 @given(
@@ -563,7 +564,8 @@ def test_lenient_ignores_unknown_keys_with_a_warning_and_still_refuses_bad_value
 
 
 def test_what_has_no_effect_says_so():
-    assert from_flags(rdzv_impl="barrier").warnings == ["--ft-rdzv-impl barrier: has no effect in ft_launcher"]
+    (line,) = from_flags(rdzv_impl="barrier").warnings
+    assert line == "--ft-rdzv-impl barrier: has no effect in ft_launcher"
     assert from_flags(enable_nic_monitor="true").warnings == [
         "enable_nic_monitor: has no effect yet, no network card is watched"
     ]
@@ -577,7 +579,7 @@ def test_F7_a_missing_file_is_named_with_the_nearest(tmp_path):
     assert complaint(lambda: read_config_file(tmp_path / "ft.yml")) == (
         f"{tmp_path}/ft.yml: no such file; did you mean {tmp_path}/ft.yaml?"
     )
-    assert complaint(lambda: read_config_file(tmp_path / "no" / "ft.yml")) == f"{tmp_path}/no/ft.yml: no such file"
+    assert complaint(lambda: read_config_file(tmp_path / "no" / "ft")) == f"{tmp_path}/no/ft: no such file"
     assert read_config_file(tmp_path / "ft.yml", missing_ok=True) is None
 
 
@@ -602,7 +604,8 @@ def test_F12_a_large_file_is_refused_unread(tmp_path):
     assert read_config_file(path) == "#" * (1 << 20)
     with path.open("ab") as file:
         file.truncate(1 << 40)
-    assert complaint(lambda: read_config_file(path)) == f"{path}: larger than 1 MiB, which no configuration is"
+    line = complaint(lambda: read_config_file(path))
+    assert line == f"{path}: larger than 1 MiB, which no configuration is"
 
 
 def test_F7_a_file_that_is_not_utf_8_is_named_with_the_line(tmp_path):
@@ -650,7 +653,7 @@ def test_scripts_of_the_peer_can_make_one_of_arguments():
     )
     assert (config.rank_heartbeat_timeout, config.rank_section_timeouts) == (5.0, {"step": 2.0, "eval": None})
     assert config.rank_termination_signal is signal.SIGTERM
-    with pytest.warns(UserWarning, match="^rank_hartbeat_timeout: no such key; did you mean rank_heartbeat_timeout"):
+    with pytest.warns(UserWarning, match="^rank_hartbeat_timeout: no such key; did you mean rank_heartbeat"):
         FaultToleranceConfig.from_kwargs(rank_hartbeat_timeout=5)
     with pytest.raises(ValueError, match="no such key"):
         FaultToleranceConfig.from_kwargs(ignore_not_recognized=False, rank_hartbeat_timeout=5)
@@ -711,15 +714,16 @@ def test_scripts_of_the_peer_can_make_one_of_parsed_flags(tmp_path):
 
 def test_a_rank_that_imports_the_configuration_loads_no_reader_of_files():
     code = "import sys, ft_launcher.config as c; c.FaultToleranceConfig(); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert not {"torch", "numpy", "yaml", "argparse", "logging", "difflib"} & set(loaded)
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = set(found.stdout.split())
+    assert "ft_launcher.config" in loaded
+    assert not {"torch", "numpy", "yaml", "argparse", "logging", "difflib"} & loaded
 
 
 def test_the_names_that_may_be_configured_are_those_that_a_page_holds():
-    longest: dict[str, float | None] = {"x" * page.MAX_NAME_BYTES: 1.0} | {
-        f"s{i}": 1.0 for i in range(page.MAX_SECTIONS - 1)
-    }
-    assert FaultToleranceConfig(rank_section_timeouts=longest).rank_section_timeouts == longest
-    for too_much in ({**longest, "one more": 1.0}, {"x" * (page.MAX_NAME_BYTES + 1): 1.0}):
-        with pytest.raises(ValueError, match="rank_section_timeouts"):
-            FaultToleranceConfig(rank_section_timeouts=too_much)
+    longest = ["x" * page.MAX_NAME_BYTES, *(f"s{i}" for i in range(page.MAX_SECTIONS - 1))]
+    config = FaultToleranceConfig(rank_section_timeouts=dict.fromkeys(longest, 1.0))
+    assert [*config.rank_section_timeouts] == longest
+    for too_much in ([*longest, "one more"], ["x" * (page.MAX_NAME_BYTES + 1)]):
+        with pytest.raises(ValueError, match=r"the most|the name of a section"):
+            FaultToleranceConfig(rank_section_timeouts=dict.fromkeys(too_much, 1.0))
