@@ -87,6 +87,7 @@ class FtAgent(LocalElasticAgent):
         self._ranks: dict[int, processes.Process] = {}
         self._hangs: dict[int, RankHung] = {}
         self._decision: Cause | None = None
+        self._abandoned: set[int] = set()
         self._oom_kills = 0
         self._host = socket.gethostname()
 
@@ -300,11 +301,20 @@ class FtAgent(LocalElasticAgent):
             rank.close()
         for survivor in survivors:
             self._decide(Unkillable(survivor.pid, survivor.state, survivor.name))
+            self._abandon(survivor.pid)
+
+    def _abandon(self, pid: int) -> None:
+        self._abandoned.add(pid)
+        if isinstance(self._pcontext, SubprocessContext):
+            # Torch would wait for it again, twice 30 s at a time.
+            handlers = self._pcontext.subprocess_handlers
+            for local_rank in [rank for rank, each in handlers.items() if each.proc.pid == pid]:
+                del handlers[local_rank]
 
     def _kill_orphans(self) -> list[processes.Survivor]:
         """End what came back to the launcher when its parent died: daemons that nothing ties to a rank any more."""
         survivors: list[processes.Survivor] = []
-        keep = self._monitors.pids() | (set() if self._pcontext is None else set(self._pcontext.pids().values()))
+        keep = self._monitors.pids() | self._abandoned | (set() if self._pcontext is None else set(self._pcontext.pids().values()))
         while adopted := processes.orphans(os.getpid(), keep):
             roots = [_held(pid) for pid in adopted]
             there = [root for root in roots if root is not None]

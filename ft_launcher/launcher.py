@@ -210,10 +210,12 @@ def launch(
     so if no rank connected to its monitor. Raises ChildFailedError when workers of this node failed, UsageError when
     the rendezvous cannot be opened with these parameters.
     """
-    grace = float(getattr(config, "shutdown_timeout", None) or os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
-    signals = StopSignals(getattr(config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
-    processes.become_subreaper()
+    grace = getattr(config, "shutdown_timeout", None)  # torch 2.12 reads the variable itself
+    if grace is None:
+        grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
     try:
+        signals = StopSignals(getattr(config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
+        processes.become_subreaper()
         return _launch(
             config,
             entrypoint,
@@ -306,7 +308,9 @@ def _launch(
             if shut_down:
                 rendezvous.shutdown()
         if expect_monitoring and not agent.any_connected and not ft.require_monitoring:
-            logger.info("no rank connected to its monitor, so nobody watched for hangs; does the script use the client?")
+            logger.info(
+                "no rank connected to its monitor, so nobody watched for hangs; does the script use the client?"
+            )
         return _outcome(agent, result, name, ft)
 
 
