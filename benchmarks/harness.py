@@ -1,9 +1,10 @@
-"""What the benchmarks share: launchers under the same conditions, reports of their workers, distributions, and an end."""
+"""What the benchmarks share: launchers under the same conditions, workers' reports, distributions, an end."""
 
 import argparse
 import json
 import math
 import os
+import platform
 import select
 import shutil
 import signal
@@ -13,12 +14,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+ALL = ("ours", "torchrun", "nvrx")
 WORKERS = Path(__file__).with_name("workers.py")
 MARK = "FT_BENCH_RUN"
 """In the environment of everything that a job starts, so that all of it can be found and ended."""
@@ -31,7 +34,7 @@ END_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Launcher:
-    """One of the launchers that are compared, as its users start it: every setting not named here is its default."""
+    """One of the launchers that are compared, as users start it: what is not set here is its default."""
 
     name: str
     command: tuple[str, ...]
@@ -42,7 +45,7 @@ class Launcher:
         """Give the whole command up to the script. `ft`: keys of the fault-tolerance configuration."""
         flags = [f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
         if self.name == "nvrx":
-            # The two others take a free port by themselves; its default is port 29500. No machine here has its NICs.
+            # The two others take a free port by themselves; its default is 29500, and it looks for NICs.
             flags += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--ft-enable-nic-monitor=False"]
         if self.client:
             flags += [f"--ft-{key.replace('_', '-')}={value}" for key, value in ft.items()]
@@ -50,21 +53,24 @@ class Launcher:
 
 
 def parser(description: str, *, n: int, peer_n: int) -> argparse.ArgumentParser:
-    """Give a parser with the options that all benchmarks have; `n`, `peer_n`: the defaults of their samples."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--launchers", default="ours,torchrun,nvrx", help="which to measure, comma-separated")
-    made.add_argument("--nvrx-python", default="", help="the Python of an environment with nvidia-resiliency-ext==0.4.1")
+    """Give a parser with the options that all benchmarks have; `n`, `peer_n`: the defaults for samples."""
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    made = argparse.ArgumentParser(description=description, formatter_class=defaults)
+    made.add_argument("--launchers", default="ours,torchrun,nvrx", help="which to measure")
+    made.add_argument("--nvrx-python", default="", help="of an environment with nvidia-resiliency-ext==0.4.1")
     made.add_argument("-n", type=int, default=n, help="samples of ours")
     made.add_argument("--peer-n", type=int, default=peer_n, help="samples of each other launcher")
     return made
 
 
-def launchers(options: argparse.Namespace, able: Sequence[str] = ("ours", "torchrun", "nvrx")) -> list[Launcher]:
-    """Give the launchers that were asked for, that have the thing measured (`able`), and that are installed."""
+def launchers(options: argparse.Namespace, able: Sequence[str] = ALL) -> list[Launcher]:
+    """Give the launchers that were asked for, have the thing measured (are `able`), and are installed."""
+    load = os.getloadavg()[0]
+    print(f"{os.cpu_count()} cores, load {load:.1f} before the start, Python {platform.python_version()}")
     chosen = []
     for name in options.launchers.split(","):
-        if name not in ("ours", "torchrun", "nvrx"):
-            raise SystemExit(f"--launchers {name}: must be ours, torchrun or nvrx")
+        if name not in ALL:
+            raise SystemExit(f"--launchers {name}: must be of {', '.join(ALL)}")
         if name not in able:
             print(f"{name} is left out: it has nothing of the kind")
         elif name == "ours":
@@ -85,7 +91,7 @@ def launchers(options: argparse.Namespace, able: Sequence[str] = ("ours", "torch
 
 
 def samples(options: argparse.Namespace, launcher: Launcher) -> int:
-    """How many samples of this launcher to take."""
+    """Say how many samples of this launcher to take."""
     return int(options.n if launcher.name == "ours" else options.peer_n)
 
 
@@ -107,11 +113,8 @@ class Job:
         os.mkfifo(fifo)
         self._reports = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
         self._pending = b""
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("FT_", "PET_", "SLURM_", "TORCH"))
-        }
+        foreign = ("FT_", "PET_", "SLURM_", "TORCH")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         environment |= {
             MARK: self._mark,
             "FT_BENCH_REPORTS": str(fifo),
@@ -138,10 +141,15 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pidfd in self._everything():
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            select.select([pidfd], [], [], END_SECONDS)
-            os.close(pidfd)
+        # The launcher first, so that it starts nothing meanwhile.
+        self._process.kill()
+        while pidfds := self._everything():
+            for pidfd in pidfds:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            for pidfd in pidfds:
+                if not select.select([pidfd], [], [], END_SECONDS)[0]:
+                    raise SystemExit(f"a process of {self._mark} cannot be killed")
+                os.close(pidfd)
         self._process.wait()
         os.close(self._pidfd)
         os.close(self._reports)
@@ -155,7 +163,8 @@ class Job:
         """Wait for the next report of a worker, which must be of `kind`."""
         deadline = time.monotonic() + within
         while b"\n" not in self._pending:
-            ready = select.select([self._reports, self._pidfd], [], [], max(0.0, deadline - time.monotonic()))[0]
+            left = max(0.0, deadline - time.monotonic())
+            ready = select.select([self._reports, self._pidfd], [], [], left)[0]
             if self._reports in ready:
                 self._pending += os.read(self._reports, 65536)
             elif ready:
@@ -179,30 +188,18 @@ class Job:
 
     def monitors(self, workers: Sequence[int]) -> list[int]:
         """Give the processes beside the ranks: the launcher's children, but not `workers`."""
-        children = psutil.Process(self.pid).children()
-        return [each.pid for each in children if each.pid not in workers and each.status() != psutil.STATUS_ZOMBIE]
+        children = [each.pid for each in psutil.Process(self.pid).children()]
+        return [pid for pid in children if pid not in workers]
 
     def _everything(self) -> list[int]:
-        """Open pidfds of all that carries the mark, the launcher first, so that nothing is started meanwhile."""
+        """Give pidfds of all processes that carry the mark, zombies left out."""
         pidfds = []
         wanted = f"{MARK}={self._mark}".encode()
-        while True:
-            found = []
-            for entry in sorted(Path("/proc").iterdir(), key=lambda path: path.name != str(self.pid)):
-                if not entry.name.isdigit():
-                    continue
-                try:
-                    pidfd = os.pidfd_open(int(entry.name))
-                    if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                        found.append(pidfd)
-                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    else:
-                        os.close(pidfd)
-                except OSError:
-                    continue  # it has ended, or is somebody else's
-            if not found:
-                return pidfds
-            pidfds += found
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):  # it has ended, or is somebody else's
+                if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    pidfds.append(os.pidfd_open(int(entry.name)))
+        return pidfds
 
 
 class EndedError(Exception):
@@ -210,13 +207,13 @@ class EndedError(Exception):
 
 
 def seconds_of_cpu(pid: int) -> float:
-    """User and system time of a process so far (/proc/PID/stat: in hundredths of a second)."""
+    """Give the user and system time of a process so far (/proc/PID/stat: in hundredths of a second)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
-    """The smallest value that at least the share `q` of all does not exceed."""
+    """Give the smallest value that at least the share `q` of all does not exceed."""
     return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
 
 

@@ -2,7 +2,7 @@
 
 import time
 
-STARTED_AT = time.monotonic()  # the first line of user code: `time` is built in, so nothing was loaded before it
+STARTED_AT = time.monotonic()  # the first line of user code: `time` is built in, so nothing is loaded for it
 
 import os  # noqa: E402
 import sys  # noqa: E402
@@ -41,7 +41,7 @@ def start() -> None:
 
 
 def hang(jitter: str) -> None:
-    """Send heartbeats for up to `jitter` seconds, so that no clock of a monitor beats with ours; then hang."""
+    """Send heartbeats for up to `jitter` seconds, so that no monitor's clock beats with ours; then hang."""
     import random
     import signal
 
@@ -77,33 +77,53 @@ def beat(rate: str) -> None:
 
 
 def cost(calls: str, folder: str) -> None:
-    """Time `calls` heartbeats and section pairs, each call by itself, and write the nanoseconds to files."""
+    """Time `calls` heartbeats and section pairs, one by one and in batches; nanoseconds go to files."""
     from array import array
 
     client = open_client()
     clock = time.perf_counter_ns
-
-    def nothing() -> None:
-        pass
-
-    def pair() -> None:
-        client.start_section("step")
-        client.end_section("step")
-
-    for name, call in (("nothing", nothing), ("heartbeat", client.send_heartbeat), ("pair", pair)):
-        for _ in range(1000):
-            call()
-        taken = array("q", bytes(8 * int(calls)))
-        began = clock()
-        for index in range(len(taken)):
-            before = clock()
-            call()
-            taken[index] = clock() - before
-        whole = (clock() - began) / len(taken)
-        path = os.path.join(folder, name)  # noqa: PTH118
-        with open(path, "wb") as file:  # noqa: PTH123
-            taken.tofile(file)
-        report("measured", name=name, path=path, whole=whole)
+    beat, start, end = client.send_heartbeat, client.start_section, client.end_section
+    count, batches = int(calls), int(calls) // 100
+    empty, beats, pairs = (array("q", bytes(8 * count)) for _ in range(3))
+    beat_batches, pair_batches = (array("q", bytes(8 * batches)) for _ in range(2))
+    for _ in range(1000):
+        beat()
+        start("step")
+        end("step")
+    for index in range(count):
+        before = clock()
+        empty[index] = clock() - before
+    for index in range(count):
+        before = clock()
+        beat()
+        beats[index] = clock() - before
+    for index in range(count):
+        before = clock()
+        start("step")
+        end("step")
+        pairs[index] = clock() - before
+    for index in range(batches):
+        before = clock()
+        for _ in range(100):
+            beat()
+        beat_batches[index] = clock() - before
+    for index in range(batches):
+        before = clock()
+        for _ in range(100):
+            start("step")
+            end("step")
+        pair_batches[index] = clock() - before
+    taken = {
+        "empty": empty,
+        "beats": beats,
+        "pairs": pairs,
+        "beat_batches": beat_batches,
+        "pair_batches": pair_batches,
+    }
+    for name, values in taken.items():
+        with open(os.path.join(folder, name), "wb") as file:  # noqa: PTH118, PTH123
+            values.tofile(file)
+    report("measured")
 
 
 def pair_of_deaths() -> None:

@@ -110,7 +110,8 @@ class FaultToleranceConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_o
     safety_factor: Annotated[Number, "A calculated timeout is the longest interval seen times this."] = 5.0
     restart_policy: Annotated[
         Annotated[RestartPolicy, one_of(RestartPolicy)],
-        "any-failed: one failed node restarts all. min-healthy: the others run on if they are enough.",
+        "any-failed: one failed node restarts all. min-healthy: the others run on if they are enough; with"
+        " several nodes not there yet.",
     ] = "any-failed"
     require_monitoring: Annotated[Switch, "Make it an error when no rank ever connects."] = False
     exit_codes: Annotated[
@@ -122,7 +123,8 @@ class FaultToleranceConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_o
         Interval, "The time between two checks of a node's health. Not there yet."
     ] = 5.0
     use_infra_group_rank: Annotated[
-        Bool, "Number the nodes as the infrastructure does (SLURM_PROCID, GROUP_RANK), where it says so."
+        Bool,
+        "Number the nodes as the infrastructure does (SLURM_PROCID, GROUP_RANK), where it says so. Not there yet.",
     ] = True
     restart_check_interval: Annotated[
         Interval,

@@ -78,8 +78,7 @@ def _entries(mapping: "yaml.Node", file_name: str, path: str) -> list[tuple[str,
         origin = f"{file_name}:{key.start_mark.line + 1}"
         found: Any = None
         if value.id == "scalar":
-            is_null = value.tag == "tag:yaml.org,2002:null" and value.value != ""
-            found = "null" if is_null else value.value
+            found = value.value
         elif value.id == "mapping":
             # No setting is nested deeper, and what aliases stand for may be endless.
             found = _entries(value, file_name, f"{path}.{shown(name)}") if path == SECTION else []

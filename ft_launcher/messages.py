@@ -85,12 +85,16 @@ class Hello(Struct, frozen=True, tag="hello"):
 
 
 class LimitsSet(Struct, frozen=True, tag="limits"):
-    """The rank has calculated or loaded timeouts; they replace the configured ones for this process."""
+    """The rank has calculated or loaded timeouts; they replace the configured ones for this process.
+
+    Answered by its number, so that none is lost with a monitor that is replaced.
+    """
 
     initial: Seconds | None
     heartbeat: Seconds | None
     sections: dict[Name, Seconds | None]
     out_of_section: Seconds | None
+    number: int = 0
 
 
 class ControlRequested(Struct, frozen=True, tag="control"):
@@ -109,7 +113,7 @@ class Welcome(Struct, frozen=True, tag="welcome"):
 
 
 class RequestAcknowledged(Struct, frozen=True, tag="acknowledged"):
-    """The launcher's socket holds request `number`."""
+    """The launcher's socket holds request `number`, or the timeouts with that number are in force."""
 
     number: int
 

@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 SILENT_SECONDS = 5.0
 """A monitor that has not looked at its rank for this long is replaced; it looks every 2 s (rank_monitor_server.py)."""
 
+SILENT_AGAIN_SECONDS = 1.0
+"""And is still silent this much later: both may have been stopped together, and the launcher continued first."""
+
 CHECK_SECONDS = 2.0
 """How often the launcher asks whether its monitors look. Their deaths wake it by themselves."""
 
@@ -105,7 +108,7 @@ class _Monitor:
         self.listener = listener
         self.rank: _WatchedRank | None = None
         self.lost_at: deque[float] = deque(maxlen=RESPAWNS)
-        self.silent_looks = 0
+        self.silent_since: float | None = None
         self._start()
 
     def _start(self) -> None:
@@ -134,7 +137,7 @@ class _Monitor:
 
     def replace(self) -> None:
         self.stop(kill=True)
-        self.silent_looks = 0
+        self.silent_since = None
         self._start()
         self.tell_rank()
 
@@ -152,6 +155,7 @@ class RankMonitors:
 
     def __init__(self, count: int, config: FaultToleranceConfig, log_dir: str, environ: Mapping[str, str]) -> None:
         """Start `count` monitors, one for each local rank. `log_dir`: what they prune if the launcher cannot."""
+        self._environ = environ
         self._run_dir = RunDir(environ)
         self._job_connected = False
         raw = msgspec.Raw(encode(config))
@@ -216,14 +220,14 @@ class RankMonitors:
             return
         logger.warning("the launcher's sockets in %s were removed; making new ones", self._run_dir.path)
         self._run_dir.remove()
-        self._run_dir = RunDir(os.environ)
+        self._run_dir = RunDir(self._environ)
         for local_rank, monitor in enumerate(self._monitors):
             monitor.listener.close()
             monitor.listener = self._run_dir.listen(f"m{local_rank}")
             monitor.settings = msgspec.structs.replace(
                 monitor.settings, marker=self.marker(local_rank), run_dir=self._run_dir.path
             )
-            monitor.replace()
+            self._start_anew(monitor)
 
     def job_connected(self) -> None:
         """Some rank of the job uses the client: from now on silence at a rank's start counts."""
@@ -257,6 +261,10 @@ class RankMonitors:
             heard += [(local_rank, message) for message in self._receive(monitor)]
             ended = not processes.wait_gone([monitor.pidfd], 0)
             if ended or self._is_stuck(monitor):
+                # What it still said, until it was certainly gone: a rank may hold an acknowledgement of that.
+                monitor.process.kill()
+                monitor.process.wait()
+                heard += [(local_rank, message) for message in self._receive(monitor)]
                 self._replace(local_rank, monitor, "died" if ended else "is stuck")
         return heard
 
@@ -268,6 +276,8 @@ class RankMonitors:
                 if not packet:
                     return messages
                 message: FromMonitor = decode(packet, FromMonitor)  # type: ignore[arg-type]  # a union is a type
+            except ConnectionResetError:
+                continue  # it died with messages of ours unread; its own come after this
             except (OSError, ProtocolError):
                 return messages
             match message:
@@ -281,11 +291,15 @@ class RankMonitors:
     def _is_stuck(self, monitor: _Monitor) -> bool:
         rank = monitor.rank
         if rank is None:
+            monitor.silent_since = None
             return False
-        silent = time.monotonic() - max(rank.page.looked() or 0.0, rank.started_at, self._last_start(monitor))
-        # Twice, so that a launcher that was itself stopped does not blame its monitors for the first look after it.
-        monitor.silent_looks = monitor.silent_looks + 1 if silent > SILENT_SECONDS else 0
-        return monitor.silent_looks >= 2
+        now = time.monotonic()
+        if now - max(rank.page.looked() or 0.0, rank.started_at, self._last_start(monitor)) <= SILENT_SECONDS:
+            monitor.silent_since = None
+        elif monitor.silent_since is None:
+            monitor.silent_since = now
+        # Seen twice: when launcher and monitors were stopped together, the first look after it would be too early.
+        return monitor.silent_since is not None and now - monitor.silent_since >= SILENT_AGAIN_SECONDS
 
     def _last_start(self, monitor: _Monitor) -> float:
         return monitor.lost_at[-1] if monitor.lost_at else 0.0
@@ -299,6 +313,9 @@ class RankMonitors:
             )
         logger.warning("the monitor of local rank %d (pid %d) %s; replacing it", local_rank, monitor.process.pid, what)
         monitor.lost_at.append(now)
+        self._start_anew(monitor)
+
+    def _start_anew(self, monitor: _Monitor) -> None:
         monitor.replace()
         if self._job_connected:
             monitor.tell(JobConnected())

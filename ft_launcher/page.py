@@ -5,9 +5,11 @@ of life towards the launcher. Every stamp is one aligned 8-byte store of `time.m
 processes of a boot share; 0 means never. Nothing here blocks, and the page outlives whoever reads it.
 """
 
+import fcntl
 import mmap
 import os
 import time
+from contextlib import suppress
 from enum import IntEnum
 
 from ft_launcher.watch import Stamps
@@ -42,13 +44,16 @@ def create_page() -> int:
     Raises OSError when neither memfd nor an unlinked file in /dev/shm can be had.
     """
     if hasattr(os, "memfd_create"):
-        page = os.memfd_create("ft_launcher_page", os.MFD_CLOEXEC)
+        page = os.memfd_create("ft_launcher_page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     else:  # pragma: no cover - a C library older than memfd (glibc 2.27)
         import tempfile
 
         with tempfile.TemporaryFile() as file:
             page = os.dup(file.fileno())
     os.ftruncate(page, PAGE_BYTES)
+    # A rank that shortened it would end the launcher and the monitor by SIGBUS. Only a memfd can be sealed.
+    with suppress(OSError):
+        fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return page
 
 
@@ -87,10 +92,12 @@ class StampPage:
         self.stamps[Slot.TEARDOWN] = 0
 
     def copy_from(self, other: "StampPage") -> None:
-        """Take over all that `other` says, but for what the monitor wrote here."""
-        looked = self.stamps[Slot.LOOKED]
+        """Take over all that `other` says, but for what the monitor or an earlier program of the rank wrote here."""
+        looked, was_connected = self.stamps[Slot.LOOKED], self.stamps[Slot.CONNECTED]
         self._map[:] = other._map[:]  # noqa: SLF001 - another page
         self.stamps[Slot.LOOKED] = looked
+        if was_connected:
+            self.stamps[Slot.RECONNECTED] = self.stamps[Slot.CONNECTED]
         self.slots = dict(other.slots)
 
     def section_slot(self, name: str) -> int:

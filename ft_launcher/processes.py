@@ -14,11 +14,11 @@ from ft_launcher.procfs import (
     ancestry,
     belongs_to,
     catches,
-    has_environment,
     memory_limit,
     newest_pid,
     oom_kill_count,
     read_entry,
+    read_environment,
     read_pids,
     stacks_from_proc,
     state,
@@ -112,7 +112,7 @@ class Tree:
     """
 
     def __init__(self, roots: Iterable[Process], *, markers: Iterable[str] = (), exclude: Collection[int] = ()) -> None:
-        self._markers = list(markers)
+        self._markers = {os.fsencode(marker) for marker in markers}
         self._exclude = frozenset(exclude)
         self._known = {(root.pid, root.started): None for root in roots}  # in this order, roots first
         self._sessions = {root.session for root in roots if root.session == root.pid}
@@ -157,8 +157,13 @@ class Tree:
             if leader is None or (leader.pid, leader.started) in self._known:
                 queue += by_session.get(session, ())
         # Whoever loses its parent goes to this process or one above it: only there can markers tell something new.
-        adopted = (entry for parent in above for entry in by_parent.get(parent, ()))
-        queue += (entry for entry in adopted if has_environment(entry.pid, self._markers))
+        adopted = [entry for parent in above for entry in by_parent.get(parent, ()) if self._markers]
+        while adopted:
+            environment = read_environment((entry := adopted.pop()).pid)
+            if environment and environment & self._markers:
+                queue.append(entry)
+            elif environment is not None and not environment:  # it exits, and its children are about to move up
+                adopted += by_parent.get(entry.pid, ())
         found: dict[int, Entry] = {}
         while queue:
             entry = queue.pop(0)

@@ -1,12 +1,11 @@
 """Reads what the kernel tells about processes: their table, threads, signal handlers and memory cgroups."""
 
 import os
-from collections.abc import Iterable
 
 from msgspec import Struct
 
-__all__ = ["Entry", "ancestry", "belongs_to", "catches", "has_environment", "memory_limit", "newest_pid",
-           "oom_kill_count", "read_entry", "read_pids", "stacks_from_proc", "state"]  # fmt: skip
+__all__ = ["Entry", "ancestry", "belongs_to", "catches", "memory_limit", "newest_pid", "oom_kill_count",
+           "read_entry", "read_environment", "read_pids", "stacks_from_proc", "state"]  # fmt: skip
 
 # Paths are strings here: the monitors import this module, and pathlib would cost each of them 1 MB.
 
@@ -76,16 +75,17 @@ def belongs_to(pid: int, root_pid: int) -> bool:
     return entry is not None and (entry.session == root_pid or root_pid in ancestry(pid))
 
 
-def has_environment(pid: int, entries: Iterable[str]) -> bool:
-    """It is ours, and was started with one of these ("NAME=value") in its environment."""
+def read_environment(pid: int) -> frozenset[bytes] | None:
+    """What it was started with ("NAME=value"); empty also when it is exiting; None: gone, or another user's."""
     try:
-        if not entries or os.stat(f"/proc/{pid}").st_uid != os.geteuid():  # noqa: PTH116
-            return False
+        if os.stat(f"/proc/{pid}").st_uid != os.geteuid():  # noqa: PTH116
+            return None
         with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
-            environment = b"\0" + file.read()
-    except OSError:  # it died first, or is not for us to read
-        return False
-    return any(b"\0" + os.fsencode(entry) + b"\0" in environment for entry in entries)
+            return frozenset(file.read().split(b"\0")) - {b""}
+    except ProcessLookupError:  # it has no memory any more; older kernels give an empty file then
+        return frozenset()
+    except OSError:
+        return None
 
 
 def stacks_from_proc(pid: int, *, most_threads: int = 100) -> str:

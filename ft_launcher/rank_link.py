@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,8 +17,8 @@ from ft_launcher.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL,
     ControlRequested,
-    FromRank,
     Hello,
+    LimitsSet,
     ProtocolError,
     Refused,
     RequestAcknowledged,
@@ -62,8 +63,8 @@ class RankLink:
         """
         return self._persist(self._greet_once, within)
 
-    def ask(self, question: FromRank, within: float) -> None:
-        """Send `question`; a `ControlRequested` is repeated on a new connection until it has been acknowledged.
+    def ask(self, question: LimitsSet | ControlRequested, within: float) -> None:
+        """Send `question`, and repeat it on a new connection until it has been acknowledged.
 
         Raises MonitorGoneError when that took longer than `within` seconds.
         """
@@ -74,8 +75,7 @@ class RankLink:
                 os.close(greeting.page_fd)
                 os.close(greeting.stacks_fd)
             self._send(encode(question), deadline)
-            if isinstance(question, ControlRequested):
-                self._await_acknowledgement(question.number, deadline)
+            self._await_acknowledgement(question.number, deadline)
 
         self._persist(ask_once, within)
 
@@ -86,9 +86,10 @@ class RankLink:
 
     def close(self) -> None:
         """Close the connection, if there is one."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        closing, self._socket = self._socket, None
+        if closing is not None:
+            with suppress(OSError):  # the script has closed all descriptors, as daemons do
+                closing.close()
 
     def _persist(self, attempt: Callable[[float], Result], within: float) -> Result:
         deadline = time.monotonic() + within

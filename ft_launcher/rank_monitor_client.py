@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ import msgspec
 from ft_launcher import agreement, timeouts
 from ft_launcher.config import FaultToleranceConfig
 from ft_launcher.errors import RankMonitorClientError
-from ft_launcher.messages import ControlRequested, FromRank, LimitsSet, WorkloadControlRequest
+from ft_launcher.messages import ControlRequested, LimitsSet, WorkloadControlRequest
 from ft_launcher.page import Slot, StampPage
 from ft_launcher.rank_link import Greeting, MonitorGoneError, RankLink
 from ft_launcher.timeouts import HeartbeatTimeouts, Observed, SectionTimeouts
@@ -72,7 +72,10 @@ class RankMonitorClient:
         self._loaded: tuple[HeartbeatTimeouts, SectionTimeouts] | None = None
         # Reentrant: a signal handler of the user may close the sections while this thread opens one.
         self._lock = threading.RLock()
+        # Another one, as a question may wait for the monitor: a section never does.
+        self._link_lock = threading.RLock()
         self._link: RankLink | None = None
+        self._is_forked = False
         self._page = StampPage(-1)
         self._stamps = self._page.stamps
         self._stacks_fd: int | None = None
@@ -105,7 +108,9 @@ class RankMonitorClient:
             )
             self._open_count = 0
             try:
-                self._adopt(link.greet(ANSWER_SECONDS))
+                with self._link_lock:
+                    greeting = link.greet(ANSWER_SECONDS)
+                self._adopt(greeting)
                 self._page.begin()
                 self._send_limits_if_loaded()
             except MonitorGoneError as error:
@@ -122,8 +127,13 @@ class RankMonitorClient:
             self._check()
             self._stamps[Slot.TEARDOWN] = _monotonic_ns()
             self.is_initialized = False
-            if self._link is not None:
-                self._link.close()
+        # Not while another thread asks something: its monitor may be stuck.
+        if self._link_lock.acquire(blocking=False):
+            try:
+                if self._link is not None:
+                    self._link.close()
+            finally:
+                self._link_lock.release()
 
     def abort(self) -> None:
         """Say that this process is handling an error: its open sections and heartbeats do not count any more.
@@ -291,9 +301,12 @@ class RankMonitorClient:
         """Ask the launcher to end the job, or to go on without this node.
 
         True once the launcher holds the request, so that the rank may exit at once; it survives a monitor that is
-        replaced meanwhile. False, and an error in the log, when nobody answered within 10 s.
+        replaced meanwhile. False, and an error in the log, when nobody answered within 10 s, and in a forked child.
         """
-        with self._lock:
+        if self._is_forked:
+            logger.error("the request %s was not sent: a forked child never speaks for its parent", req.action.name)
+            return False
+        with self._link_lock:
             link = self._connection()
             text = None if req.description is None else req.description[:512]
             try:
@@ -314,6 +327,8 @@ class RankMonitorClient:
             raise RankMonitorClientError("monitoring is off: call init_workload_monitoring() first")
 
     def _connection(self) -> RankLink:
+        if self._is_forked:
+            raise RankMonitorClientError("a forked child never speaks for its parent: make a client of its own")
         if self._link is None:
             path = os.environ.get(SOCKET_ENV)
             if not path:
@@ -322,7 +337,7 @@ class RankMonitorClient:
             weakref.finalize(self, self._link.close)
         return self._link
 
-    def _adopt(self, greeting: Greeting) -> None:
+    def _adopt(self, greeting: Greeting, told_meanwhile: StampPage | None = None) -> None:
         page = StampPage(greeting.page_fd)
         os.close(greeting.page_fd)
         self.cfg = msgspec.msgpack.decode(greeting.config, type=FaultToleranceConfig)
@@ -333,27 +348,32 @@ class RankMonitorClient:
             section=dict(self.cfg.rank_section_timeouts), out_of_section=self.cfg.rank_out_of_section_timeout
         )
         self._put_loaded_in_force()
-        page.copy_from(self._page)
+        if told_meanwhile is not None:
+            page.copy_from(told_meanwhile)
         self._page, self._stamps = page, page.stamps
         # Written by C code in the signal handler, so it works while some thread holds the GIL for ever.
         faulthandler.register(STACK_SIGNAL, file=greeting.stacks_fd, all_threads=True, chain=False)
         if self._stacks_fd is not None:
-            os.close(self._stacks_fd)
+            _close(self._stacks_fd)
         self._stacks_fd = greeting.stacks_fd
 
     def _adopt_later(self, link: RankLink) -> None:
         while True:
             try:
                 greeting = link.greet(ANSWER_SECONDS)
-            except (MonitorGoneError, RankMonitorClientError):
+                break
+            except MonitorGoneError:
                 continue
-            with self._lock:
-                if self._link is not None:
-                    self._link.close()
-                self._link = link
-                self._adopt(greeting)
-                self._send_limits_if_loaded()
-            return
+            except RankMonitorClientError as error:
+                logger.error("%s; it is not monitored", error)  # noqa: TRY400 - a sentence for a person
+                return
+        with self._lock:
+            self._adopt(greeting, told_meanwhile=self._page)
+        with self._link_lock:
+            if self._link is not None:
+                self._link.close()
+            self._link = link
+        self._send_limits_if_loaded()
 
     def _slot(self, name: str) -> int:
         slot = self._page.slots.get(name)
@@ -400,25 +420,26 @@ class RankMonitorClient:
             self._send_limits()
 
     def _send_limits(self) -> None:
-        self._tell(
-            LimitsSet(
+        if self._is_forked:
+            return
+        with self._link_lock:
+            link = self._connection()
+            limits = LimitsSet(
                 initial=self.hb_timeouts.initial,
                 heartbeat=self.hb_timeouts.subsequent,
                 sections=self.section_timeouts.section,
                 out_of_section=self.section_timeouts.out_of_section,
+                number=link.next_number(),
             )
-        )
-
-    def _tell(self, message: FromRank) -> None:
-        with self._lock:
             try:
-                self._connection().ask(message, ANSWER_SECONDS)
+                link.ask(limits, ANSWER_SECONDS)
             except MonitorGoneError as error:
                 logger.warning("the rank monitor did not get new timeouts: %s", error)
 
     def _fall_silent(self) -> None:
         # In a forked child: what it calls from here on moves a page that nobody looks at.
-        self._lock = threading.RLock()
+        self._lock, self._link_lock = threading.RLock(), threading.RLock()
+        self._is_forked = self._is_forked or self.is_initialized or self._link is not None
         if self._link is not None:
             self._link.close()
         self._page = StampPage(-1)
@@ -426,8 +447,13 @@ class RankMonitorClient:
         self._open_count = 0
         if self._stacks_fd is not None:
             faulthandler.unregister(STACK_SIGNAL)
-            os.close(self._stacks_fd)
+            _close(self._stacks_fd)
             self._stacks_fd = None
+
+
+def _close(descriptor: int) -> None:
+    with suppress(OSError):  # the script has closed all descriptors, as daemons do
+        os.close(descriptor)
 
 
 _clients: "weakref.WeakSet[RankMonitorClient]" = weakref.WeakSet()

@@ -358,6 +358,7 @@ class RankMonitor:
                     teardown=rank.limits.teardown,
                 )
                 self._tell_launcher(LimitsChanged(rank.pid, rank.limits))
+                self._answer(connection, RequestAcknowledged(message.number))
             case ControlRequested():
                 # Forwarded, then acknowledged: the rank may exit on our answer, and the launcher must hold it by then.
                 if self._tell_launcher(message):

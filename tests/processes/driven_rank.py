@@ -1,23 +1,51 @@
-"""A rank that does what its test says: one line of JSON with Python code in, one with the value or the error out.
+"""A rank that does what its test says: a line of JSON with Python code in, one with its value or error out.
 
-Run as a script it is the rank; `Peer` is also what tests themselves connect with.
+Run as a script it is the rank, and the code sees all names of this file. `Peer` is for tests too.
 """
 
+import contextlib
+import ctypes
+import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ft_launcher.messages import MAX_MESSAGE_BYTES, PROTOCOL, Hello, ToRank, decode, encode
+import ft_launcher
+from ft_launcher import procfs
+from ft_launcher.errors import RankMonitorClientError
+from ft_launcher.messages import (
+    MAX_MESSAGE_BYTES,
+    PROTOCOL,
+    ControlRequested,
+    Hello,
+    LimitsSet,
+    RequestAcknowledged,
+    ToRank,
+    WorkloadAction,
+    WorkloadControlRequest,
+    decode,
+    encode,
+)
+from ft_launcher.rank_monitor_client import SOCKET_ENV, STACK_SIGNAL, RankMonitorClient
 
 GENEROUS = 60.0
+"""Seconds for what must happen at once: only a broken test waits for them."""
+
+HELLO = encode(Hello(protocol=PROTOCOL, stack_signal=0))
+
+client: RankMonitorClient
+silent = threading.Event()
 
 
 class Peer:
-    """A connection to a monitor that says what it likes: packets of bytes, and descriptors with them."""
+    """A connection to the monitor at `path` that says what it likes."""
 
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -32,115 +60,102 @@ class Peer:
             os.close(directory)
 
     def say(self, packet: bytes, descriptors: list[int] | None = None) -> None:
-        """Send a packet; that the monitor has hung up is for `hear` to tell."""
-        try:
+        """Send a packet. That the monitor has hung up is for `hear` to tell."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             socket.send_fds(self.socket, [packet], descriptors or [])
-        except (BrokenPipeError, ConnectionResetError):
-            return
 
     def hear(self) -> Any:
-        """Give the next answer, None when the monitor has closed the connection."""
+        """Give the next answer, None once the monitor has hung up."""
         try:
             packet, descriptors, _, _ = socket.recv_fds(self.socket, MAX_MESSAGE_BYTES, 2)
         except ConnectionResetError:
             return None
         for descriptor in descriptors:
             os.close(descriptor)
-        return decode(packet, ToRank) if packet else None  # type: ignore[arg-type,var-annotated]
+        return decode(packet, ToRank) if packet else None  # type: ignore[arg-type,var-annotated]  # a union
 
     def ask(self, packet: bytes) -> Any:
         """Send a packet and give the answer."""
         self.say(packet)
         return self.hear()
 
-    def greet(self) -> Any:
-        """Say a hello that is right in all that a message can say, and give the answer."""
-        return self.ask(encode(Hello(protocol=PROTOCOL, stack_signal=0)))
-
     def close(self) -> None:
         self.socket.close()
+
+
+def connect_raw() -> Peer:
+    """Connect to this rank's monitor without a client."""
+    return Peer(os.environ[SOCKET_ENV])
+
+
+def beat() -> None:
+    """Send heartbeats from a thread until `silent` is set."""
+
+    def go() -> None:
+        while not silent.wait(0.02):
+            client.send_heartbeat()
+
+    silent.clear()
+    threading.Thread(target=go, daemon=True).start()
+
+
+def ask(number: int) -> bool:
+    """Send the control request `number`."""
+    return client.send_workload_control_request(
+        WorkloadControlRequest(WorkloadAction.Continue, f"request {number}")
+    )
+
+
+def limits(heartbeat: float | None = None, **sections: float | None) -> bytes:
+    """Give the packet that sets these timeouts."""
+    return encode(LimitsSet(initial=None, heartbeat=heartbeat, sections=sections, out_of_section=None))
+
+
+def state(heartbeat: float | None = None, **sections: float | None) -> dict[str, Any]:
+    """Give the `state_dict()` of a client that has calculated these timeouts."""
+    return {
+        "current_timeouts": {
+            "heartbeat": {"subsequent": heartbeat, "were_calculated": True},
+            "section": {"section": sections, "calculated_sections": list(sections)},
+        }
+    }
+
+
+def in_child(act: Callable[[], object]) -> str:
+    """Give what `act` gives in a forked child, or its error, as text."""
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        try:
+            told = repr(act())
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            told = f"{type(error).__name__}: {error}"
+        os.write(write_end, told.encode())
+        os._exit(0)
+    os.close(write_end)
+    with open(read_end) as pipe:  # noqa: PTH123
+        text = pipe.read()
+    os.wait()
+    return text
 
 
 def _answer(**what: object) -> None:
     os.write(1, json.dumps(what, default=repr).encode() + b"\n")
 
 
-def _obey(names: dict[str, Any]) -> None:
+def _obey() -> None:
+    _answer(value="ready")
     for line in sys.stdin:
         code = json.loads(line)
         try:
             try:
-                value = eval(compile(code, "<test>", "eval"), names)
+                compiled = compile(code, "<test>", "eval")
             except SyntaxError:
-                value = exec(compile(code, "<test>", "exec"), names)
+                compiled = compile(code, "<test>", "exec")
+            _answer(value=eval(compiled, globals()))
         except Exception as error:  # noqa: BLE001 - told to the test
             _answer(error=f"{type(error).__name__}: {error}")
-        else:
-            _answer(value=value)
-
-
-def _main() -> None:
-    import ctypes
-    import faulthandler
-    import signal
-    import time
-
-    import ft_launcher
-    from ft_launcher import procfs
-    from ft_launcher.messages import LimitsSet, WorkloadAction, WorkloadControlRequest
-    from ft_launcher.rank_monitor_client import SOCKET_ENV, STACK_SIGNAL, RankMonitorClient
-
-    client = RankMonitorClient()
-    silent = threading.Event()
-
-    def beat() -> None:
-        """Send heartbeats from a thread until `silent` is set."""
-
-        def go() -> None:
-            while not silent.wait(0.02):
-                client.send_heartbeat()
-
-        silent.clear()
-        threading.Thread(target=go, daemon=True).start()
-
-    def ask(number: int) -> bool:
-        """Send the control request `number`."""
-        request = WorkloadControlRequest(WorkloadAction.Continue, f"request {number}")
-        return client.send_workload_control_request(request)
-
-    def limits(heartbeat: float | None = None, **sections: float) -> LimitsSet:
-        return LimitsSet(initial=None, heartbeat=heartbeat, sections=dict(sections), out_of_section=None)
-
-    def state(heartbeat: float | None = None, **sections: float) -> dict[str, Any]:
-        """Give a state dict with these timeouts."""
-        return {"current_timeouts": {"heartbeat": {"subsequent": heartbeat}, "section": {"section": sections}}}
-
-    def peer() -> Peer:
-        return Peer(os.environ[SOCKET_ENV])
-
-    def in_child(act: Any) -> Any:
-        """Give what `act` gives in a forked child, or its error, as text."""
-        read_end, write_end = os.pipe()
-        if os.fork() == 0:
-            try:
-                text = repr(act())
-            except BaseException as error:  # noqa: BLE001 - told to the test
-                text = f"{type(error).__name__}: {error}"
-            os.write(write_end, text.encode())
-            os._exit(0)
-        os.close(write_end)
-        with open(read_end) as told:
-            text = told.read()
-        os.wait()
-        return text
-
-    _answer(value="ready")
-    names = {"ctypes": ctypes, "faulthandler": faulthandler, "ft_launcher": ft_launcher, "os": os, "procfs": procfs}
-    names |= {"signal": signal, "sys": sys, "threading": threading, "time": time, "encode": encode, "Hello": Hello}
-    names |= {"STACK_SIGNAL": STACK_SIGNAL, "RankMonitorClient": RankMonitorClient, "client": client, "peer": peer}
-    names |= {"silent": silent, "beat": beat, "ask": ask, "limits": limits, "state": state, "in_child": in_child}
-    _obey(names | {"WorkloadAction": WorkloadAction, "WorkloadControlRequest": WorkloadControlRequest})
 
 
 if __name__ == "__main__":
-    _main()
+    client = RankMonitorClient()
+    _obey()

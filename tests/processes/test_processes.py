@@ -275,20 +275,34 @@ sibling.kill(); sibling.wait()
     assert family.run(launcher) == "[] -9 None\n"
 
 
-def test_excluded_processes_live_on_with_their_children(family):
+def test_a_root_in_somebody_elses_session_does_not_drag_that_in(family):
     rank = family.start(
         """
-child = subprocess.Popen([sys.executable, "-S", "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *SLEEP])
-say("kept", child.pid)
+child, sibling = subprocess.Popen(SLEEP), subprocess.Popen(SLEEP)
+say("sibling", sibling.pid); say("child", child.pid)
+child.wait(); say("bereft"); time.sleep(600)
+"""
+    )
+    with contextlib.closing(Process(rank.hear("child")["child"])) as child:
+        assert kill_tree([child], grace=0.0) == []
+        rank.hear("bereft")
+        assert members(rank) == {rank.popen.pid, rank.pids["sibling"]}
+        assert kill_tree([rank.process], grace=0.0) == []
+
+
+def test_an_excluded_process_lives_on(family):
+    rank = family.start(
+        """
+say("kept", subprocess.Popen(SLEEP).pid)
 say("other", subprocess.Popen(SLEEP).pid)
 time.sleep(600)
 """
     )
     pids = rank.hear("kept", "other")
     with contextlib.closing(Process(pids["kept"])) as kept:
-        assert kill_tree([rank.process], exclude=[kept.pid], grace=0.0) == []
-        assert not kept.is_gone()
-        assert kill_tree([kept], markers=[family.marker], grace=0.0) == []
+        assert kill_tree([rank.process], markers=[family.marker], exclude=[kept.pid], grace=0.0) == []
+        assert family.living() == [kept.pid]
+        assert kill_tree([kept], grace=0.0) == []
 
 
 def test_nothing_above_is_ever_killed(family):
@@ -405,8 +419,10 @@ def test_R9_what_will_not_die_is_reported(family):
         rank.hear("ready")
         (freezer / "cgroup.procs").write_text(str(rank.popen.pid))
         (freezer / "freezer.state").write_text("FROZEN")
+        before = procfs.read_pids("/proc/self/fd")
         [survivor] = kill_tree([rank.process], signum=signal.SIGKILL, grace=0.0, limit=0.2)
         assert survivor == Survivor(rank.popen.pid, name_of(rank.popen.pid), "D")
+        assert procfs.read_pids("/proc/self/fd") == before
     finally:
         (freezer / "freezer.state").write_text("THAWED")
         processes.wait_gone([rank.process.pidfd], GENEROUS)
@@ -645,16 +661,20 @@ def run(*command: str, env: dict[str, str] | None = None) -> subprocess.Complete
     return subprocess.run(command, env=env, capture_output=True, timeout=GENEROUS)
 
 
-def test_a_rank_dies_with_its_launcher(family):
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_rank_dies_with_its_launcher(family, when):
     launcher = family.start(
         """
 from ft_launcher import exec_shim
 shim = [sys.executable, "-I", "-S", exec_shim.__file__, str(os.getpid()), "--"]
-say("rank", subprocess.Popen([*shim, *SLEEP], env={}, start_new_session=True).pid)
+rank = [sys.executable, "-S", "-c", "import os, time; print('up', os.getpid(), flush=True); time.sleep(600)", TOKEN]
+say("rank", subprocess.Popen([*shim, *rank], env={}, start_new_session=True).pid)
 time.sleep(600)
 """
     )
     with contextlib.closing(Process(launcher.hear("rank")["rank"])) as rank:
+        if when == "later":
+            assert launcher.hear("up")["up"] == rank.pid
         launcher.popen.kill()
         assert processes.wait_gone([rank.pidfd], GENEROUS) == set()
 

@@ -666,6 +666,7 @@ def test_scripts_of_the_peer_can_make_one_of_arguments():
         {"rank_heartbeat_timeout": True},
         {"rank_heartbeat_timeout": [5]},
         {"rank_section_timeouts": {"step": -1}},
+        {"pci_topo_file": ["a"]},
         {"rank_section_timeouts": {"step": {}}},
         {"rank_section_timeouts": {"": 1}},
         {"rank_termination_signal": "SIGNOT"},
