@@ -14,7 +14,8 @@ def restarts(launcher: Launcher, n: int, timeout: float) -> tuple[int, list[floa
     with Job(launcher, ["group", n, timeout], ranks=RANKS, max_restarts=n) as job:
         try:
             while len(formed.get(n, [])) < RANKS:
-                report = job.report("formed", within=2 * timeout + 60)
+                # As long as it takes if no attempt succeeds: the launcher ends when its budget is spent.
+                report = job.report("formed", within=(n + 1) * (timeout + 60))
                 formed.setdefault(report["restart"], []).append(report["at"])
         except EndedError as ended:
             print(f"{launcher.name}: {str(ended).splitlines()[0]}")

@@ -96,7 +96,7 @@ def samples(options: argparse.Namespace, launcher: Launcher) -> int:
 
 
 class Job:
-    """A running launcher with workers of workers.py. A context manager: leaving it ends all that was started."""
+    """A running launcher with workers of workers.py. Leaving this context ends all that was started."""
 
     def __init__(
         self,

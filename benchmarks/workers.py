@@ -152,6 +152,7 @@ def group(restarts: str, timeout: str) -> None:
     if total.item() != sum(range(dist.get_world_size())):
         raise SystemExit(f"the sum of the ranks is {total.item()}")
     report("formed", at=time.monotonic())
+    dist.barrier()  # or rank 0's death stops a rank 1 that has formed the group and not yet said so
     if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < int(restarts):
         if dist.get_rank() == 0:
             os._exit(1)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
 from torch.distributed.elastic import events
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -47,13 +48,20 @@ from ft_launcher.monitors import CHECK_SECONDS, MonitorsFailedError, RankMonitor
 from ft_launcher.rank_monitor_client import SOCKET_ENV
 from ft_launcher.signals import StopSignals
 
-__all__ = ["FtAgent"]
+__all__ = ["FtAgent", "Graces"]
 
 logger = logging.getLogger(__name__)
 
 
 LEFTOVER_SECONDS = 1.0
 """The grace for what ranks leave running when all of them have succeeded: nobody waits for it any more."""
+
+
+class Graces(Struct, frozen=True):
+    """Seconds from SIGTERM (or the signal received) to SIGKILL: before a restart or after a failure, after a signal."""
+
+    stop: float
+    signal: float
 
 
 class FtAgent(LocalElasticAgent):
@@ -65,15 +73,12 @@ class FtAgent(LocalElasticAgent):
         logs_specs: Any,
         monitors: RankMonitors,
         signals: StopSignals,
+        graces: Graces,
         *,
         wake_every: float | None,
-        stop_grace: float,
-        signal_grace: float,
         **torch_arguments: Any,
     ) -> None:
-        """`wake_every`: seconds between looks at what gives no event (None: 2). The graces run from SIGTERM to SIGKILL:
-        `stop_grace` before a restart or after a failure, `signal_grace` after a signal to the launcher.
-        """
+        """`wake_every`: seconds between looks at what gives no event (None: 2). The rest is for torch's agent."""
         super().__init__(spec=spec, logs_specs=logs_specs, **torch_arguments)
         self.cause: Cause | None = None
         self.causes: dict[int, Cause] = {}
@@ -81,8 +86,7 @@ class FtAgent(LocalElasticAgent):
         self.exit_codes: dict[int, int] = {}
         self._monitors = monitors
         self._wake_every = CHECK_SECONDS if wake_every is None else min(wake_every, CHECK_SECONDS)
-        self._stop_grace = stop_grace
-        self._signal_grace = signal_grace
+        self._graces = graces
         self._signals = signals
         self._ranks: dict[int, processes.Process] = {}
         self._hangs: dict[int, RankHung] = {}
@@ -127,11 +131,11 @@ class FtAgent(LocalElasticAgent):
             self._hear(worker_group)
             return self._judge(worker_group, codes)
         except SignalException as received:
-            self._stop(received.sigval, self._signal_grace)
+            self._stop(received.sigval, self._graces.signal)
             raise
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
-        self._stop(signal.SIGTERM, self._stop_grace)
+        self._stop(signal.SIGTERM, self._graces.stop)
         super()._stop_workers(worker_group, *args, **kwargs)
 
     # -- waiting and judging --------------------------------------------------------------------------------------
@@ -211,14 +215,14 @@ class FtAgent(LocalElasticAgent):
         if self._decision is None and not failed:
             if not codes and any(rank.is_gone() for rank in self._ranks.values()):
                 # Functions (--run-path): a process that ended before torch asked it to has failed, and torch knows why.
-                self._stop(signal.SIGTERM, self._stop_grace)
+                self._stop(signal.SIGTERM, self._graces.stop)
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state == WorkerState.SUCCEEDED:
                 # Only what the ranks have left running is still there.
-                self._stop(signal.SIGTERM, min(self._stop_grace, LEFTOVER_SECONDS))
+                self._stop(signal.SIGTERM, min(self._graces.stop, LEFTOVER_SECONDS))
             return result
         failures = self._failures(worker_group, failed)
-        self._stop(signal.SIGTERM, self._stop_grace)
+        self._stop(signal.SIGTERM, self._graces.stop)
         self._hear(worker_group)
         stopped = [local_rank for local_rank in self._failed(self._exit_codes()) if local_rank not in failed]
         others = self._failures(worker_group, stopped, by_us=True)
@@ -314,7 +318,11 @@ class FtAgent(LocalElasticAgent):
     def _kill_orphans(self) -> list[processes.Survivor]:
         """End what came back to the launcher when its parent died: daemons that nothing ties to a rank any more."""
         survivors: list[processes.Survivor] = []
-        keep = self._monitors.pids() | self._abandoned | (set() if self._pcontext is None else set(self._pcontext.pids().values()))
+        keep = (
+            self._monitors.pids()
+            | self._abandoned
+            | (set() if self._pcontext is None else set(self._pcontext.pids().values()))
+        )
         while adopted := processes.orphans(os.getpid(), keep):
             roots = [_held(pid) for pid in adopted]
             there = [root for root in roots if root is not None]

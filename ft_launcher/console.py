@@ -1,11 +1,12 @@
 """The launcher's voice on stderr: lines that start with its name, and never make it wait."""
 
+import contextlib
 import logging
 import select
 import sys
 from typing import TextIO
 
-__all__ = ["open_console"]
+__all__ = ["open_console", "say"]
 
 
 class _Console(logging.Handler):
@@ -40,3 +41,11 @@ def open_console(level: int) -> None:
         logger.addHandler(_Console(sys.stderr))
     logger.setLevel(level)
     logger.propagate = False
+
+
+def say(text: str) -> None:
+    """Write a report of several lines to stderr, if somebody reads there."""
+    with contextlib.suppress(OSError, ValueError):  # closed, or its reader is gone
+        if sys.stderr is not None and select.select([], [sys.stderr], [], 0)[1]:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()

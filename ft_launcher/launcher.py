@@ -4,47 +4,28 @@ import argparse
 import logging
 import os
 import shlex
-import signal
 import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from pathlib import Path
 from typing import Any, NoReturn
 
 from torch.distributed import run as torchrun
 from torch.distributed.argparse_util import env
-from torch.distributed.elastic import events
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
-from torch.distributed.elastic.metrics import initialize_metrics
-from torch.distributed.elastic.metrics.api import MetricsConfig
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousParameters
-from torch.distributed.launcher.api import LaunchConfig
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from ft_launcher import config as configuration
-from ft_launcher import exec_shim, processes, torch_flags
-from ft_launcher.agent import FtAgent
-from ft_launcher.causes import LauncherSignalled, NotMonitored, exit_code, sentence
+from ft_launcher import torch_flags
 from ft_launcher.config import ConfigOptions, FaultToleranceConfig, Resolved
 from ft_launcher.config_file import read_config_file
 from ft_launcher.console import open_console
 from ft_launcher.errors import FtLauncherError, UsageError
+from ft_launcher.job import EXIT_BARRIER_SECONDS, JobFailedError, JobOptions, launch
 from ft_launcher.leftovers import prune_empty
-from ft_launcher.monitors import RankMonitors
-from ft_launcher.rendezvous import open_rendezvous
-from ft_launcher.signals import StopSignals
 
 __all__ = ["get_args_parser", "launch", "main"]
 
 logger = logging.getLogger(__name__)
-
-Entrypoint = Callable[..., Any] | str
-
-EXIT_BARRIER_SECONDS = 300.0
-"""Torch's default wait of a node that has finished for the others (LocalElasticAgent)."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,15 +51,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("fault tolerance")
     configuration.add_flags(group)
     stops = parser.add_argument_group("stopping")
-    for flag, text in (
-        ("workers-stop-timeout", "Seconds from SIGTERM to SIGKILL when workers are stopped for a restart or after a "),
-        ("term-timeout", "Seconds from the signal to SIGKILL when the launcher was signalled."),
-        ("exit-barrier-timeout", "Seconds for which a node that has finished waits for the others (300)."),
+    a_restart = "when workers are stopped for a restart or after a failure"
+    for flag, default, text in (
+        ("workers-stop-timeout", None, f"Seconds from SIGTERM to SIGKILL {a_restart} (default: --shutdown-timeout)."),
+        ("term-timeout", None, "The same when the launcher was signalled (default: --shutdown-timeout)."),
+        ("exit-barrier-timeout", EXIT_BARRIER_SECONDS, "Seconds for which a finished node waits for others (300)."),
     ):
-        rest = "failure. Default: --shutdown-timeout." if flag.startswith("workers") else ""
-        stops.add_argument(
-            f"--{flag}", f"--{flag.replace('-', '_')}", action=env, type=float, default=None, help=text + rest
-        )
+        spellings = (f"--{flag}", f"--{flag.replace('-', '_')}")
+        stops.add_argument(*spellings, action=env, type=float, default=default, help=text)
     return parser
 
 
@@ -89,8 +69,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except UsageError as error:
         sys.stderr.write(f"ft_launcher: {error}\n")
         code = error.exit_code
-    except ChildFailedError:
-        code = 1  # reported already
+    except JobFailedError as error:
+        code = error.exit_code  # reported already
     except FtLauncherError as error:
         sys.stderr.write(f"ft_launcher: {error}\n")
         code = error.exit_code
@@ -116,17 +96,14 @@ def _run(argv: list[str]) -> int:
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
         prune_empty(own_log_dir)
         raise UsageError(torch_flags.complaint(arguments, error)) from None
-    return launch(
-        launch_config,
-        entrypoint,
-        worker_arguments,
-        resolved.config,
-        own_log_dir=own_log_dir,
+    job = JobOptions(
         stop_grace=arguments.workers_stop_timeout,
         signal_grace=arguments.term_timeout,
         exit_barrier=arguments.exit_barrier_timeout,
+        own_log_dir=own_log_dir,
         expect_monitoring=_asks_for_monitoring(options, resolved),
     )
+    return launch(launch_config, entrypoint, worker_arguments, resolved.config, job)
 
 
 # Torch's decorator writes the error file that a launcher above this one reads; it passes the exception on.
@@ -189,162 +166,3 @@ def _make_log_dir(arguments: argparse.Namespace) -> str:
         return ""
     arguments.log_dir = tempfile.mkdtemp(prefix="torchelastic_")
     return str(arguments.log_dir)
-
-
-def launch(
-    config: LaunchConfig,
-    entrypoint: Entrypoint,
-    args: Sequence[str],
-    ft: FaultToleranceConfig,
-    *,
-    own_log_dir: str = "",
-    stop_grace: float | None = None,
-    signal_grace: float | None = None,
-    exit_barrier: float | None = None,
-    expect_monitoring: bool = False,
-) -> int:
-    """Run the job on this node to its end and give the exit code.
-
-    The graces (seconds from SIGTERM to SIGKILL, before a restart and after a signal) default to the configuration's
-    `shutdown_timeout`. `own_log_dir` is removed at the end unless it holds something to read. `expect_monitoring`: say
-    so if no rank connected to its monitor. Raises ChildFailedError when workers of this node failed, UsageError when
-    the rendezvous cannot be opened with these parameters.
-    """
-    grace = getattr(config, "shutdown_timeout", None)  # torch 2.12 reads the variable itself
-    if grace is None:
-        grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
-    try:
-        signals = StopSignals(getattr(config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
-        processes.become_subreaper()
-        return _launch(
-            config,
-            entrypoint,
-            args,
-            ft,
-            signals,
-            own_log_dir=own_log_dir,
-            stop_grace=grace if stop_grace is None else stop_grace,
-            signal_grace=grace if signal_grace is None else signal_grace,
-            exit_barrier=EXIT_BARRIER_SECONDS if exit_barrier is None else exit_barrier,
-            expect_monitoring=expect_monitoring,
-        )
-    except SignalException as received:  # before the first workers, or after the last
-        logger.error("%s", sentence(LauncherSignalled(received.sigval)))  # noqa: TRY400 - no traceback for a signal
-        return exit_code(LauncherSignalled(received.sigval))
-    finally:
-        prune_empty(own_log_dir)
-
-
-def _launch(
-    config: LaunchConfig,
-    entrypoint: Entrypoint,
-    args: Sequence[str],
-    ft: FaultToleranceConfig,
-    signals: StopSignals,
-    *,
-    own_log_dir: str,
-    stop_grace: float,
-    signal_grace: float,
-    exit_barrier: float,
-    expect_monitoring: bool,
-) -> int:
-    parameters = RendezvousParameters(
-        backend=config.rdzv_backend,
-        endpoint=config.rdzv_endpoint,
-        run_id=config.run_id,
-        min_nodes=config.min_nodes,
-        max_nodes=config.max_nodes,
-        local_addr=config.local_addr,
-        **config.rdzv_configs,
-    )
-    try:
-        rendezvous = open_rendezvous(parameters)
-    except (ValueError, OSError, RendezvousConnectionError) as error:
-        raise UsageError(torch_flags.rendezvous_complaint(config.rdzv_backend, config.rdzv_endpoint, error)) from error
-    name, command = _command(entrypoint, args)
-    # Fields that LaunchConfig and WorkerSpec share go across by name, so those of a newer torch do too.
-    shared = {each.name: getattr(config, each.name) for each in fields(WorkerSpec) if hasattr(config, each.name)}
-    spec = WorkerSpec(
-        **shared
-        | {
-            # Torch's loop sleeps this long before it asks the agent, and the agent waits for events.
-            "monitor_interval": 1e-6,
-            "local_world_size": config.nproc_per_node,
-            "entrypoint": command[0],
-            "args": tuple(command[1:]),
-            "rdzv_handler": rendezvous,
-        }
-    )
-    initialize_metrics(MetricsConfig(config.metrics_cfg))
-    alone = config.max_nodes == 1 and isinstance(entrypoint, str)
-    with RankMonitors(config.nproc_per_node, ft, own_log_dir, os.environ) as monitors:
-        agent = FtAgent(
-            spec,
-            config.logs_specs,
-            monitors,
-            signals,
-            wake_every=None if alone else config.monitor_interval,
-            stop_grace=stop_grace,
-            signal_grace=signal_grace,
-            start_method=config.start_method,
-            log_line_prefix_template=config.log_line_prefix_template,
-            exit_barrier_timeout=exit_barrier,
-        )
-        shut_down = True
-        try:
-            result = agent.run()
-            events.record(agent.get_event_succeeded(), getattr(config, "event_log_handler", "null"))
-        except SignalException as received:
-            # Not shut down: other nodes may go on without this one.
-            shut_down = False
-            events.record(agent.get_event_failed(), getattr(config, "event_log_handler", "null"))
-            return _signalled(agent, received.sigval)
-        except BaseException:
-            events.record(agent.get_event_failed(), getattr(config, "event_log_handler", "null"))
-            raise
-        finally:
-            signals.ignore()
-            agent.clean_up()
-            if shut_down:
-                rendezvous.shutdown()
-        if expect_monitoring and not agent.any_connected and not ft.require_monitoring:
-            logger.info(
-                "no rank connected to its monitor, so nobody watched for hangs; does the script use the client?"
-            )
-        return _outcome(agent, result, name, ft)
-
-
-def _command(entrypoint: Entrypoint, args: Sequence[str]) -> tuple[str, list[Any]]:
-    """The name for reports, and what torch is to start: a command runs behind the shim that ties it to the launcher."""
-    if not isinstance(entrypoint, str):
-        return getattr(entrypoint, "__name__", "function"), [entrypoint, *args]
-    name = next((each for each in args if not each.startswith("-")), entrypoint) if args else entrypoint
-    shim = [sys.executable, "-I", "-S", str(Path(exec_shim.__file__)), str(os.getpid()), "--"]
-    return (name if entrypoint == sys.executable else entrypoint), [*shim, entrypoint, *args]
-
-
-def _signalled(agent: FtAgent, number: signal.Signals) -> int:
-    codes = agent.exit_codes.values()
-    if codes and not any(codes):
-        logger.warning("%s; every rank ended with exit code 0", sentence(LauncherSignalled(number)))
-        return 0
-    logger.error("%s; ending with exit code %d", sentence(LauncherSignalled(number)), 128 + number)
-    return exit_code(LauncherSignalled(number))
-
-
-def _outcome(agent: FtAgent, result: RunResult | None, name: str, ft: FaultToleranceConfig) -> int:
-    """Report the end of the run; raise ChildFailedError where torch would."""
-    if result is not None and result.state == WorkerState.SUCCEEDED:
-        if not agent.any_connected and ft.require_monitoring:
-            logger.error(sentence(NotMonitored()))
-            return exit_code(NotMonitored(), ft.exit_codes)
-        return 0
-    code = exit_code(agent.cause, ft.exit_codes) if agent.cause is not None else 1
-    if result is None or not result.failures:
-        logger.error("%s FAILED: %s", name, sentence(agent.cause) if agent.cause else "no worker of this node failed")
-        return code
-    failed = ChildFailedError(name=name, failures=result.failures)
-    sys.stderr.write(f"{failed}\n")
-    if code != 1:
-        return code
-    raise failed

@@ -119,6 +119,9 @@ class Tree:
         # A root that leads no session (a multiprocessing worker) shares the launcher's.
         self._foreign = {root.session for root in roots} - self._sessions
         self._held: dict[int, Process] = {}
+        self._passed: set[tuple[int, int]] = set()
+        self.is_restless = False
+        """In the last look something appeared and was gone, as each generation of a chain of forks is."""
         # One look holds no more than half of the descriptors that we may open; the next finds what is left.
         self._most = os.sysconf("SC_OPEN_MAX") // 2
 
@@ -132,15 +135,22 @@ class Tree:
         alive = wait_gone((member.pidfd for member in self._held.values()), 0.0)
         for pid in [pid for pid, member in self._held.items() if member.pidfd not in alive]:
             self._held.pop(pid).close()
+        self.is_restless = False
         for entry in self._find({entry.pid: entry for pid in read_pids() if (entry := read_entry(pid))}):
-            self._known[entry.pid, entry.started] = None
-            if entry.pid in self._held or len(self._held) >= self._most:
-                continue
-            with contextlib.suppress(ProcessLookupError):  # it died first
-                member = self._held[entry.pid] = Process(entry.pid, entry.started)
-                if member.is_gone():  # a zombie, which would take a place for as long as its parent does not reap it
-                    self._held.pop(entry.pid).close()
+            if entry.pid not in self._held and len(self._held) < self._most:
+                self._hold(entry)
+            if (entry.pid, entry.started) not in self._known:
+                self._known[entry.pid, entry.started] = None
+                self.is_restless |= entry.pid not in self._held
         return list(self._held.values())
+
+    def _hold(self, entry: Entry) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it died first
+            member = Process(entry.pid, entry.started)
+            if member.is_gone():  # a zombie; it would take a place until its parent reaps it
+                member.close()
+            else:
+                self._held[entry.pid] = member
 
     def _find(self, table: dict[int, Entry]) -> Iterable[Entry]:
         above = ancestry()
@@ -164,6 +174,8 @@ class Tree:
                 queue.append(entry)
             elif environment is not None and not environment:  # it exits, and its children are about to move up
                 adopted += by_parent.get(entry.pid, ())
+                self.is_restless |= (entry.pid, entry.started) not in self._passed
+                self._passed.add((entry.pid, entry.started))
         found: dict[int, Entry] = {}
         while queue:
             entry = queue.pop(0)
@@ -219,7 +231,7 @@ def _sweep(tree: Tree, deadline: float) -> list[Survivor]:
     while quiet < _EMPTY_PASSES and (empty < _EMPTY_PASSES or monotonic() < settled_at):
         newest = newest_pid()
         living = tree.look()
-        if not living:
+        if not (living or tree.is_restless):
             empty += 1
             quiet = quiet + 1 if newest is not None and newest == newest_pid() else 0
             continue

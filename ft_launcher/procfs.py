@@ -76,15 +76,15 @@ def belongs_to(pid: int, root_pid: int) -> bool:
 
 
 def read_environment(pid: int) -> frozenset[bytes] | None:
-    """What it was started with ("NAME=value"); empty also when it is exiting; None: gone, or another user's."""
+    """What it was started with ("NAME=value"); empty also if it exits or is gone; None: not for us to read."""
     try:
         if os.stat(f"/proc/{pid}").st_uid != os.geteuid():  # noqa: PTH116
             return None
         with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
             return frozenset(file.read().split(b"\0")) - {b""}
-    except ProcessLookupError:  # it has no memory any more; older kernels give an empty file then
+    except (FileNotFoundError, ProcessLookupError):
         return frozenset()
-    except OSError:
+    except PermissionError:
         return None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from ft_launcher import agreement, timeouts
+from ft_launcher import agreement, procfs, timeouts
 from ft_launcher.config import FaultToleranceConfig
 from ft_launcher.errors import RankMonitorClientError
 from ft_launcher.messages import ControlRequested, LimitsSet, WorkloadControlRequest
@@ -41,7 +41,6 @@ STACK_SIGNAL = signal.SIGRTMIN + 9
 # Plain numbers and a global: an IntEnum as an index would double the cost of a heartbeat.
 _HEARTBEAT = int(Slot.HEARTBEAT)
 _IDLE_SINCE = int(Slot.IDLE_SINCE)
-_CONNECTED = int(Slot.CONNECTED)
 _monotonic_ns = time.monotonic_ns
 _NS = 1e-9
 
@@ -163,7 +162,8 @@ class RankMonitorClient:
         before = stamps[_HEARTBEAT]
         stamps[_HEARTBEAT] = now
         if not before:
-            self._first_heartbeat_ns = now - stamps[_CONNECTED]
+            # From where the monitor counts the limit that follows from it.
+            self._first_heartbeat_ns = now - (stamps[Slot.RECONNECTED] or _process_started_ns())
         elif now - before > self._longest_heartbeat_ns:
             self._longest_heartbeat_ns = now - before
 
@@ -454,6 +454,14 @@ class RankMonitorClient:
 def _close(descriptor: int) -> None:
     with suppress(OSError):  # the script has closed all descriptors, as daemons do
         os.close(descriptor)
+
+
+def _process_started_ns() -> int:
+    """When this process was started, on the clock of the stamps."""
+    entry = procfs.read_entry(os.getpid())
+    ticks = 0 if entry is None else entry.started
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return _monotonic_ns() - int(age * 1e9)
 
 
 _clients: "weakref.WeakSet[RankMonitorClient]" = weakref.WeakSet()

@@ -16,8 +16,9 @@ import pytest
 from ft_launcher import processes
 from ft_launcher.config import FaultToleranceConfig
 from ft_launcher.messages import FromMonitor
-from ft_launcher.monitors import RankMonitors
+from ft_launcher.monitors import RankMonitors, _WatchedRank
 from ft_launcher.rank_monitor_client import SOCKET_ENV
+from ft_launcher.watch import Limits
 from tests.conftest import Sandbox
 from tests.processes import driven_rank
 from tests.processes.driven_rank import GENEROUS, Peer
@@ -158,9 +159,15 @@ class Watch:
 
     def looked(self, local_rank: int = 0) -> float:
         """When the monitor looked last at its rank."""
-        rank = self.monitors._monitors[local_rank].rank
-        assert rank is not None
-        return rank.page.looked() or 0.0
+        return self._watched(local_rank).page.looked() or 0.0
+
+    def started_at(self, local_rank: int = 0) -> float:
+        """When the rank was started."""
+        return self._watched(local_rank).started_at
+
+    def limits(self, local_rank: int = 0) -> Limits | None:
+        """The timeouts that the rank has set, as the launcher would tell them to another monitor."""
+        return self._watched(local_rank).limits
 
     def connect(self, local_rank: int = 0) -> Peer:
         """Connect to a monitor from this process, which is no rank's."""
@@ -196,6 +203,11 @@ class Watch:
     def all_heard(self, kind: type[Kind], local_rank: int | None = None) -> list[Kind]:
         """Give all messages of this kind that were heard and not taken yet."""
         return [each for rank, each in self.heard if isinstance(each, kind) and local_rank in (None, rank)]
+
+    def _watched(self, local_rank: int) -> _WatchedRank:
+        rank = self.monitors._monitors[local_rank].rank
+        assert rank is not None
+        return rank
 
     def close(self) -> None:
         try:

@@ -101,9 +101,7 @@ def beat() -> None:
 
 def ask(number: int) -> bool:
     """Send the control request `number`."""
-    return client.send_workload_control_request(
-        WorkloadControlRequest(WorkloadAction.Continue, f"request {number}")
-    )
+    return client.send_workload_control_request(WorkloadControlRequest(WorkloadAction.Continue, f"request {number}"))
 
 
 def limits(heartbeat: float | None = None, **sections: float | None) -> bytes:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -31,6 +32,13 @@ def requests(watch, local_rank=None):
     """The texts of the control requests that the launcher holds, each once: one may come twice."""
     watch.listen()
     return {request.description for request in watch.all_heard(ControlRequested, local_rank)}
+
+
+def reason(hung):
+    """What the sentence says but for how long it has lasted, which is at least the timeout."""
+    what, lasted, timeout = re.fullmatch(r"(.*) for (.*) s, timeout (.*) s", hung.cause).groups()
+    assert float(lasted) >= float(timeout)
+    return f"{what}, {timeout} s"
 
 
 def open_files(pid):
@@ -65,7 +73,7 @@ def test_M1_twenty_killed_monitors_cost_no_request_no_rank_and_no_hang(watch):
     ranks[2].run("silent.set()")
     hung = watch.next(RankHung, local_rank=2)
     assert hung.pid == ranks[2].pid
-    assert hung.cause.startswith("no heartbeat for 5.")
+    assert reason(hung) == "no heartbeat, 5 s"
     assert ranks[2].wait() == -signal.SIGKILL
     assert [rank.is_alive() for rank in ranks] == [True, True, False, True]
 
@@ -87,7 +95,7 @@ def test_M1_timeouts_that_a_rank_has_set_survive_its_monitor(watch):
     rank.run("client.load_state_dict(state(heartbeat=1.0))")
     watch.signal_monitor(signal.SIGKILL)
     rank.run("client.send_heartbeat()")
-    assert watch.next(RankHung).cause.endswith("timeout 1 s")
+    assert reason(watch.next(RankHung)) == "no heartbeat, 1 s"
 
 
 def test_M2_a_stopped_monitor_is_replaced_and_what_it_missed_is_made_up_for(watch):
@@ -110,7 +118,7 @@ def test_M2_a_stopped_monitor_is_replaced_and_what_it_missed_is_made_up_for(watc
     assert before.isdisjoint(watch.monitors.pids())
     # The heartbeat timeout that was configured is not in force any more; the section's is.
     setting.run("silent.set(); client.start_section('step')")
-    assert watch.next(RankHung, local_rank=2).cause.startswith("section 'step' open for 1.5")
+    assert reason(watch.next(RankHung, local_rank=2)) == "section 'step' open, 1.5 s"
     assert asking.is_alive()
 
 
@@ -147,7 +155,7 @@ def test_M5_sockets_that_were_removed_are_made_anew(watch):
     rank.run("client.send_heartbeat()")
     watch.start(local_rank=1)
     # The new monitors know what was told to the old ones: that the script uses the client.
-    assert watch.next(RankHung, local_rank=1).cause.startswith("no heartbeat or section since its start")
+    assert reason(watch.next(RankHung, local_rank=1)) == "no heartbeat or section since its start, 1 s"
     assert rank.is_alive()
 
 
@@ -212,17 +220,329 @@ def test_M8_monitors_that_die_as_fast_as_they_are_started_are_given_up(watch):
             watch.until(lambda pid=pid: watch.monitor_pid(1) != pid, "another monitor")
 
 
-def test_M8_a_job_without_monitors_ends_and_says_why(sandbox):
+def test_M8_a_job_without_monitors_ends_and_says_why(sandbox, wait_for):
     job = sandbox.launch(
         "--nproc-per-node", "1", "--max-restarts", "3", sandbox.script("import signal\nprint('up')\nsignal.pause()")
     )
     job.wait_for("up")
-    for kill in range(RESPAWNS + 1):
-        [monitor] = (each for each in psutil.Process(job.pid).children() if "rank_monitor_server" in str(each.cmdline()))
+    killed = set()
+
+    def another_monitor():
+        children = psutil.Process(job.pid).children()
+        return [each for each in children if each.pid not in killed and "rank_monitor_server" in str(each.cmdline())]
+
+    for _ in range(RESPAWNS + 1):
+        wait_for(another_monitor, "a monitor")
+        [monitor] = another_monitor()
         monitor.kill()
-        if kill < RESPAWNS:
-            job.wait_for("died; replacing it", count=kill + 1)
+        killed.add(monitor.pid)
     assert job.wait() == 1, job.output
     job.wait_for("ending the job: the rank monitors keep failing")
     assert "restart 1" not in job.output
     sandbox.assert_clean()
+
+
+# -- who speaks, and what they say ------------------------------------------------------------------------------------
+
+
+def hostile_packets():
+    chance = random.Random(4)
+    hello = encode({"type": "hello", "protocol": PROTOCOL, "stack_signal": 43})
+    yield from (
+        b"",
+        b"\xc1",
+        b"\x91" * 20_000,
+        b"\x80",
+        encode(None),
+        encode([1, 2]),
+        encode("\ud800".encode("utf-8", "surrogatepass")),
+    )
+    yield from (hello[:cut] for cut in range(1, len(hello)))
+    yield from (hello + b"\0", hello.replace(b"hello", b"hell\xff"))
+    yield from (encode({"type": kind}) for kind in ("hello", "control", "limits", "started", "settings", "?" * 20_000))
+    yield encode({"type": "hello", "protocol": PROTOCOL, "stack_signal": 43, "pid": 1})
+    yield encode({"type": "hello", "protocol": PROTOCOL, "stack_signal": -1})
+    yield encode({"type": "hello", "protocol": str(PROTOCOL), "stack_signal": 43})
+    for limit in (float("nan"), -1.0, 0, True, "1"):
+        yield encode({"type": "limits", "initial": limit, "heartbeat": None, "sections": {}, "out_of_section": None})
+    yield encode({"type": "limits", "initial": None, "heartbeat": None, "sections": {"x" * 65: 1}, "out_of_section": 1})
+    yield encode({"type": "control", "number": 1, "action": "reboot", "description": None})
+    yield encode({"type": "control", "number": 1, "action": "continue", "description": "x" * 513})
+    yield from (chance.randbytes(chance.randrange(1, 200)) for _ in range(300))
+
+
+def test_C2_malformed_frames_end_their_connection_and_nothing_else(watch):
+    watch = watch(rank_heartbeat_timeout=3)
+    rank = watch.start_connected()
+    rank.run("beat(); ask(1)")
+    monitor, files = watch.monitor_pid(), open_files(watch.monitor_pid())
+    for packet in hostile_packets():
+        peer = watch.connect()
+        answer = peer.ask(packet)
+        assert answer is None or isinstance(answer, Refused), packet
+        if answer is not None:
+            assert peer.hear() is None, packet
+        peer.close()
+    # Even from one that was greeted; it speaks for the rank, so the client's own connection ends.
+    rank.run("peer = connect_raw()")
+    rank.run("peer.ask(HELLO)")
+    assert "Refused" in rank.run("peer.ask(b'garbage')")
+    assert rank.run("peer.hear()") is None
+    # Descriptors that nobody asked for are not kept.
+    peer = watch.connect()
+    peer.say(b"garbage", [0, 0, 0, 0])
+    assert isinstance(peer.hear(), Refused)
+    peer.close()
+
+    assert rank.run("ask(2)") is True
+    assert requests(watch) == {"request 1", "request 2"}
+    assert watch.monitor_pid() == monitor
+    assert open_files(monitor) == files
+    assert watch.all_heard(RankHung) == []
+    rank.run("silent.set()")
+    watch.next(RankHung)
+
+
+def test_C3_those_who_connect_and_say_nothing_hold_nobody_up(watch):
+    watch = watch(2)
+    connected, coming = watch.start_connected(0), watch.start(1)
+    connected.run("link = client._link._socket")
+    files = open_files(watch.monitor_pid(0))
+    silent = [watch.connect(local_rank) for local_rank in (0, 1) for _ in range(50)]
+    coming.run("client.init_workload_monitoring()")
+    watch.next(RankConnected, local_rank=1)
+    assert connected.run("ask(1)") is True
+    assert connected.run("client._link._socket is link") is True
+    # Only so many are kept; the rest has been hung up on.
+    assert open_files(watch.monitor_pid(0)) < files + 20
+    assert silent[0].hear() is None
+    for peer in silent:
+        peer.close()
+
+
+def test_C4_a_huge_message_is_refused_unread(watch):
+    watch = watch()
+    rank = watch.start_connected()
+    monitor = psutil.Process(watch.monitor_pid())
+    before = monitor.memory_full_info().uss
+    for _ in range(100):
+        peer = watch.connect()
+        assert peer.ask(b"x" * 150_000) == Refused(f"a message is longer than {MAX_MESSAGE_BYTES} bytes")
+        assert peer.hear() is None
+        peer.close()
+    assert rank.run("ask(1)") is True
+    assert monitor.pid == watch.monitor_pid()
+    assert monitor.memory_full_info().uss - before < 1 << 20
+
+
+def test_C5_a_flood_of_messages_hides_no_hang(watch):
+    watch = watch(2, rank_heartbeat_timeout=1.5)
+    flooding, other = watch.start_connected(0), watch.start_connected(1)
+    flooding.run(
+        """
+def flood():
+    while True:
+        with contextlib.suppress(OSError):
+            peer = connect_raw()
+            peer.say(HELLO)
+            for _ in range(200):
+                peer.say(limits(heartbeat=1.5))
+            peer.close()
+
+threading.Thread(target=flood, daemon=True).start()
+"""
+    )
+    watch.next(RankConnected, local_rank=0)
+    watch.next(RankConnected, local_rank=0)
+    other.run("client.send_heartbeat()")
+    assert reason(watch.next(RankHung, local_rank=1)) == "no heartbeat, 1.5 s"
+    assert flooding.is_alive()
+    flooding.run("client.send_heartbeat()")
+    assert watch.next(RankHung, local_rank=0).pid == flooding.pid
+    assert flooding.wait() == -signal.SIGKILL
+
+
+def test_C6_another_version_of_the_protocol_is_refused_with_a_sentence(watch):
+    watch = watch()
+    rank = watch.start()
+    rank.run("peer = connect_raw()")
+    answer = rank.run("peer.ask(encode(Hello(protocol=PROTOCOL + 1, stack_signal=0))).reason")
+    assert answer == f"it speaks protocol {PROTOCOL + 1}, this monitor {PROTOCOL}; use one version"
+    assert watch.all_heard(RankConnected) == []
+    rank.run("client.init_workload_monitoring()")
+
+
+def test_C7_a_process_outside_of_the_ranks_tree_is_refused(watch):
+    watch = watch(2)
+    rank, other = watch.start(0), watch.start(1)
+    peer = watch.connect(0)
+    assert peer.ask(HELLO) == Refused(f"process {os.getpid()} is not the rank's (pid {rank.pid}) or its descendant")
+    peer.close()
+    # Another rank of the same launcher is not it either.
+    path = watch.monitors.socket_path(0)
+    assert "is not the rank's" in other.run(f"Peer({path!r}).ask(HELLO).reason")
+    assert watch.all_heard(RankConnected) == []
+    # A descendant is: the script may start Python itself.
+    assert "Welcome" in rank.run("in_child(lambda: connect_raw().ask(HELLO))")
+    watch.next(RankConnected, local_rank=0)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becoming another user needs root")
+def test_C7_another_user_is_refused_though_it_stands_in_the_ranks_tree(watch):
+    watch = watch()
+    rank = watch.start()
+    as_nobody = "in_child(lambda: [os.setgid(65534), os.setuid(65534), connect_raw().ask(HELLO)])"
+    assert rank.run(as_nobody).startswith("PermissionError")
+    # The files' permissions are the first guard; the second holds without it.
+    path = Path(watch.monitors.socket_path(0))
+    path.chmod(0o666)
+    for folder in path.parents:
+        folder.chmod(folder.stat().st_mode | 0o001)
+        if folder == watch.sandbox.path.parent.parent.parent:
+            break
+    assert "Refused(reason='it belongs to another user')" in rank.run(as_nobody)
+
+
+def test_C8_of_two_clients_of_one_process_the_newest_speaks(watch):
+    watch = watch(rank_section_timeouts={"step": 1})
+    rank = watch.start_connected()
+    rank.run("second = RankMonitorClient(); second.init_workload_monitoring()")
+    assert rank.run("[ask(1), second.is_initialized, ask(2)]") == [True, True, True]
+    # Both write the same page.
+    rank.run("client.start_section('step')")
+    assert set(watch.monitors.stamps(0).open_sections) == {"step"}
+    assert watch.next(RankHung).pid == rank.pid
+
+
+def test_C8_another_process_is_refused_while_one_speaks_for_the_rank(watch):
+    watch = watch(rank_heartbeat_timeout=2)
+    rank = watch.start_connected()
+    rank.run("client.send_heartbeat()")
+    refused = rank.run("in_child(lambda: connect_raw().ask(HELLO))")
+    assert refused == "Refused(reason='another process speaks for this rank already')"
+    watch.next(RankHung)
+
+
+def test_C9_what_a_forked_child_says_over_its_parents_connection_counts_for_nothing(watch):
+    watch = watch()
+    rank = watch.start()
+    rank.run("peer = connect_raw()")
+    assert "Welcome" in rank.run("peer.ask(HELLO)")
+    child = "in_child(lambda: [peer.say(limits(heartbeat=0.5)), peer.say(b'garbage')])"
+    assert rank.run(child) == "[None, None]"
+    rank.run("peer.say(limits(heartbeat=77.0))")
+    # The parent's connection is as good as before, and it alone has set a timeout.
+    assert "RequestAcknowledged" in rank.run("peer.hear()")
+    watch.listen()
+    assert watch.limits(0).heartbeat == 77.0
+
+
+def test_a_rank_cannot_end_its_monitor_or_the_launcher_by_cutting_the_page_short(watch):
+    watch = watch(rank_heartbeat_timeout=1)
+    rank = watch.start_connected()
+    cut = """
+for fd in os.listdir("/proc/self/fd"):
+    if "ft_launcher_page" in os.path.realpath(f"/proc/self/fd/{fd}"):
+        os.ftruncate(int(fd), 0)
+"""
+    rank.run("answer, fds, _, _ = (peer := connect_raw()).say(HELLO) or socket.recv_fds(peer.socket, 32768, 2)")
+    with pytest.raises(Exception, match="PermissionError"):
+        rank.run(cut)
+    rank.run("client.send_heartbeat()")
+    watch.next(RankHung)
+
+
+# -- ranks that behave oddly ------------------------------------------------------------------------------------------
+
+
+def test_R14_a_rank_that_closes_all_its_descriptors_is_still_watched(watch):
+    watch = watch(rank_heartbeat_timeout=1)
+    rank = watch.start_connected()
+    rank.run("beat()")
+    rank.run("os.closerange(3, 4096)")
+    # It connects again by itself when it has something to say.
+    assert rank.run("ask(1)") is True
+    rank.run("os.closerange(3, 4096); silent.set()")
+    hung = watch.next(RankHung)
+    assert reason(hung) == "no heartbeat, 1 s"
+    assert rank.wait() == -signal.SIGKILL
+    assert "thread " in watch.stacks_path().read_text()
+
+
+def test_R18_a_rank_that_executes_itself_anew_connects_again(watch, wait_for):
+    watch = watch(rank_startup_timeout=2, rank_heartbeat_timeout=1.5, rank_section_timeouts={"step": 99})
+    rank = watch.start_connected()
+    rank.run("client.start_section('step'); client.send_heartbeat(); client.end_section('step')")
+    started_at = watch.started_at(0)
+    wait_for(lambda: rank.run("client.send_heartbeat()") or watch.looked() > started_at + 2, "the startup timeout")
+    rank.begin("os.execv(sys.executable, sys.orig_argv)")
+    assert rank.answer() == "ready"
+    rank.run("client.init_workload_monitoring()")
+    # The new program has the time to start that the old one had, and nothing of the old one's sections.
+    hung = watch.next(RankHung)
+    assert reason(hung) == "no heartbeat or section since its start, 2 s"
+    assert "most recent call first" in watch.stacks_path().read_text()
+
+
+def test_R18_a_rank_that_executes_another_program_is_not_killed_by_the_signal_for_stacks(watch):
+    watch = watch(rank_heartbeat_timeout=1, rank_termination_signal="SIGTERM")
+    rank = watch.start_connected()
+    rank.run("client.send_heartbeat()")
+    rank.begin("os.execv('/bin/sleep', ['sleep', '1000'])")
+    watch.next(RankHung)
+    assert rank.wait() == -signal.SIGTERM
+    text = watch.stacks_path().read_text()
+    assert "none: the rank did not write any" in text
+    assert "(sleep): S (sleeping)" in text
+
+
+def test_R19_a_rank_that_never_connects_is_killed_only_once_another_one_has(watch, wait_for):
+    watch = watch(2, initial_rank_heartbeat_timeout=0.5)
+    silent, other = watch.start(0), watch.start(1)
+    wait_for(lambda: watch.looked(0) > watch.started_at(0) + 1, "a look long after the timeout")
+    watch.listen()
+    assert watch.all_heard(RankHung) == []
+    assert silent.is_alive()
+    other.run("client.init_workload_monitoring(); client.send_heartbeat()")
+    watch.next(RankConnected, local_rank=1)
+    watch.monitors.job_connected()
+    hung = watch.next(RankHung, local_rank=0)
+    assert reason(hung) == "no heartbeat or section since its start, 0.5 s"
+    assert other.is_alive()
+
+
+def test_R19_a_rank_without_a_client_is_killed_by_the_startup_timeout_with_what_the_kernel_knows(watch):
+    watch = watch(rank_startup_timeout=0.5)
+    rank = watch.start_command("sleep", "1000")
+    hung = watch.next(RankHung)
+    assert hung.stacks_path == str(watch.stacks_path())
+    # Not by the signal for stacks, which nobody there waits for.
+    assert rank.wait() == -signal.SIGKILL
+    text = watch.stacks_path().read_text()
+    assert text.startswith(hung.cause)
+    assert "none: the rank did not write any" in text
+    assert f"thread {rank.pid} (sleep): S (sleeping)" in text
+
+
+def test_R6_the_stacks_of_all_threads_are_saved_though_one_holds_the_gil_in_c(watch):
+    watch = watch(rank_heartbeat_timeout=1)
+    rank = watch.start_connected()
+    rank.run(
+        """
+def waits_in_a_thread():
+    silent.wait()
+
+def reads_with_the_gil():
+    ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
+
+threading.Thread(target=waits_in_a_thread, daemon=True).start()
+client.send_heartbeat()
+"""
+    )
+    rank.begin("reads_with_the_gil()")
+    watch.next(RankHung)
+    assert rank.wait() == -signal.SIGKILL
+    stacks = watch.stacks_path().read_text()
+    assert "in reads_with_the_gil" in stacks
+    assert "in waits_in_a_thread" in stacks
+    assert f"thread {rank.pid} (" in stacks
