@@ -65,6 +65,8 @@ def parser(description: str, *, n: int, peer_n: int) -> argparse.ArgumentParser:
 
 def launchers(options: argparse.Namespace, able: Sequence[str] = ALL) -> list[Launcher]:
     """Give the launchers that were asked for, have the thing measured (are `able`), and are installed."""
+    # So that a script that is told to end (by `timeout`, say) leaves its jobs as one that is interrupted does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     load = os.getloadavg()[0]
     print(f"{os.cpu_count()} cores, load {load:.1f} before the start, Python {platform.python_version()}")
     chosen = []

@@ -158,10 +158,11 @@ class RankMonitors:
         self._environ = environ
         self._run_dir = RunDir(environ)
         self._job_connected = False
+        self._monitors: list[_Monitor] = []
         raw = msgspec.Raw(encode(config))
-        self._monitors = [
-            _Monitor(
-                MonitorSettings(
+        try:
+            for local_rank in range(count):
+                settings = MonitorSettings(
                     local_rank=local_rank,
                     limits=limits_of(config),
                     check_interval=config.workload_check_interval,
@@ -171,11 +172,11 @@ class RankMonitors:
                     run_dir=self._run_dir.path,
                     log_dir=log_dir,
                     config=raw,
-                ),
-                self._run_dir.listen(f"m{local_rank}"),
-            )
-            for local_rank in range(count)
-        ]
+                )
+                self._monitors.append(_Monitor(settings, self._run_dir.listen(f"m{local_rank}")))
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "RankMonitors":
         return self

@@ -84,7 +84,7 @@ def read_environment(pid: int) -> frozenset[bytes] | None:
             return frozenset(file.read().split(b"\0")) - {b""}
     except (FileNotFoundError, ProcessLookupError):
         return frozenset()
-    except PermissionError:
+    except OSError:
         return None
 
 

@@ -53,7 +53,7 @@ class RunDir:
         return os.path.join(self.path, name)  # noqa: PTH118 - a str for the environment
 
     def has(self, name: str) -> bool:
-        """Say whether `name` can still be found by its path: tidy administrators and logouts remove such directories."""
+        """Say whether `name` can still be found by its path: cleaners and logouts remove such directories."""
         try:
             by_path, held = Path(self.path).stat(), os.fstat(self._fd)
             os.stat(name, dir_fd=self._fd)

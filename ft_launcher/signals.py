@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -21,6 +23,8 @@ class StopSignals:
         """Handle them from now on. Raises UsageError for what is not a signal's name."""
         self._numbers = [_number(name.strip(), names) for name in names.split(",")]
         self._last_at = -SAME_SECONDS
+        self._is_held = False
+        self._waiting: signal.Signals | None = None
         # Torch hands this list to its process contexts, which would register handlers of their own.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
         self.install()
@@ -39,12 +43,26 @@ class StopSignals:
         for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let a signal raise only at the end of this block: half of what it makes could not be undone."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._waiting is not None:
+            raise SignalException(f"signal {self._waiting}", sigval=self._waiting)
+
     def _receive(self, number: int, _frame: object) -> None:
         # Nothing is logged here: a handler may interrupt the logging of something else.
         now = time.monotonic()
         if now - self._last_at < SAME_SECONDS:
             return
         self._last_at = now
+        if self._is_held:
+            self._waiting = signal.Signals(number)
+            return
         raise SignalException(f"signal {number}", sigval=signal.Signals(number))
 
 

@@ -46,7 +46,7 @@ class Stamps(Struct, frozen=True, kw_only=True):
 
 
 class Lag(Struct, frozen=True):
-    """The watcher woke `seconds` late at `ended_at`: the machine, and so perhaps the rank, stood still for that long."""
+    """The watcher woke `seconds` late at `ended_at`: the machine, so perhaps the rank too, stood still."""
 
     ended_at: float
     seconds: float

@@ -59,7 +59,7 @@ class Rank:
 
     def answer(self) -> Any:
         """Give the value of what it has begun, while the launcher goes on. Raises RankError."""
-        self._watch.until(self._has_answered, f"answer of the rank, pid {self.pid}")
+        self._watch.until(self.has_answered, f"answer of the rank, pid {self.pid}")
         return self._take()
 
     def run(self, code: str) -> Any:
@@ -71,7 +71,7 @@ class Rank:
         """Give the value of `code` in the rank, while nobody replaces a monitor or hears it. Raises RankError."""
         self.begin(code)
         assert select.select([self._out], [], [], GENEROUS)[0], f"no answer within {GENEROUS} s"
-        while not self._has_answered():
+        while not self.has_answered():
             select.select([self._out], [], [], GENEROUS)
         return self._take()
 
@@ -93,7 +93,8 @@ class Rank:
         self._in.close()
         self._out.close()
 
-    def _has_answered(self) -> bool:
+    def has_answered(self) -> bool:
+        """It has done what it has begun."""
         if b"\n" not in self._text and select.select([self._out], [], [], 0)[0]:
             more = os.read(self.fd, 1 << 16)
             assert more, f"the rank ended with {self.wait()}"
@@ -156,6 +157,9 @@ class Watch:
         if number == signal.SIGSTOP:
             # The monitor is this process's child: the kernel tells its parent.
             os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+    def is_monitor_gone(self, local_rank: int = 0) -> bool:
+        return not processes.wait_gone([self.monitors._monitors[local_rank].pidfd], 0)
 
     def looked(self, local_rank: int = 0) -> float:
         """When the monitor looked last at its rank."""

@@ -3,10 +3,12 @@
 Run as a script it is the rank, and the code sees all names of this file. `Peer` is for tests too.
 """
 
+# ruff: noqa: F401 - tests use these names in the code that they send
 import contextlib
 import ctypes
 import faulthandler
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -23,10 +25,8 @@ from ft_launcher.errors import RankMonitorClientError
 from ft_launcher.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL,
-    ControlRequested,
     Hello,
     LimitsSet,
-    RequestAcknowledged,
     ToRank,
     WorkloadAction,
     WorkloadControlRequest,
@@ -72,7 +72,7 @@ class Peer:
             return None
         for descriptor in descriptors:
             os.close(descriptor)
-        return decode(packet, ToRank) if packet else None  # type: ignore[arg-type,var-annotated]  # a union
+        return decode(packet, ToRank) if packet else None  # type: ignore[arg-type]  # a union
 
     def ask(self, packet: bytes) -> Any:
         """Send a packet and give the answer."""
@@ -134,6 +134,26 @@ def in_child(act: Callable[[], object]) -> str:
         text = pipe.read()
     os.wait()
     return text
+
+
+def in_spawned_child(act: Callable[[Any], None]) -> Any:
+    """Give what `act`, a function of this file, puts into its queue in a child that multiprocessing has spawned."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    child = context.Process(target=act, args=(queue,))
+    child.start()
+    told = queue.get()
+    child.join()
+    return told
+
+
+def init_another(queue: Any) -> None:
+    """Try to begin the monitoring of this process, and tell how that went."""
+    try:
+        RankMonitorClient().init_workload_monitoring()
+        queue.put("welcome")
+    except RankMonitorClientError as error:
+        queue.put(str(error))
 
 
 def _answer(**what: object) -> None:

@@ -70,10 +70,10 @@ def test_L1_L2_ranks_that_all_end_well_make_0_of_a_signal_that_comes_twice(sandb
     job.wait_for("is ready", count=2)
     job.send(signal.SIGTERM)
     job.send(signal.SIGTERM)
-    job.wait_for("received signal", count=2)
+    job.wait_for("restart 0 received signal", count=2)
     job.send(signal.SIGTERM)
     assert job.wait() == 0, job.output
-    assert job.output.count("received signal") == 2
+    assert job.output.count("restart 0 received signal") == 2
     assert job.output.count("has saved") == 2
     sandbox.assert_clean()
 
@@ -99,7 +99,7 @@ while True:
     job.wait_for("does not care")
     job.send(signal.SIGTERM)
     assert job.wait() == 143, job.output
-    assert job.output.count("received signal") == 1
+    assert job.output.count("restart 0 received signal") == 1
     sandbox.assert_clean()
 
 
@@ -133,7 +133,6 @@ SUBPROCESS = "torch.distributed.elastic.multiprocessing.subprocess_handler.subpr
 @pytest.mark.parametrize(
     "point",
     [
-        "ft_launcher.launcher:_make_log_dir:1:return",
         "ft_launcher.run_dir:__init__:1:return",
         "ft_launcher.monitors:_start:2:call",
         "ft_launcher.rendezvous:next_rendezvous:1:return",
@@ -340,13 +339,23 @@ def test_L10_a_temporary_directory_too_long_for_a_socket_address_does(sandbox):
     sandbox.assert_clean()
 
 
-@pytest.mark.parametrize("most", [12, 40])
-def test_L11_a_limit_of_descriptors_that_is_too_low_is_said_in_one_line(sandbox, most):
-    shell = f'ulimit -n {most}; exec "$@"'
-    job = sandbox.start("sh", "-c", shell, "sh", *LAUNCHER, "--nproc-per-node", "4", sandbox.script("print('runs')"))
-    code = job.wait()
-    print(code, job.output)
-    assert 0
+def test_L11_a_limit_of_descriptors_that_is_too_low_is_said_in_one_line(sandbox):
+    command = [*LAUNCHER, "--nproc-per-node", "4", sandbox.script("print('runs')")]
+    job = sandbox.start("sh", "-c", 'ulimit -n 40; exec "$@"', "sh", *command)
+    assert job.wait() == 2, job.output
+    assert job.lines == [
+        "ft_launcher: ulimit -n 40: the launcher needs 112 open files for 4 ranks",
+        "<end of output>",
+    ]
+    sandbox.assert_clean()
+
+
+def test_L11_a_limit_of_descriptors_that_may_be_raised_is_raised(sandbox):
+    command = [*LAUNCHER, "--nproc-per-node", "4", sandbox.script("print('runs')")]
+    job = sandbox.start("sh", "-c", 'ulimit -Sn 40; exec "$@"', "sh", *command)
+    assert job.wait() == 0, job.output
+    assert job.output.count("runs") == 4
+    sandbox.assert_clean()
 
 
 def test_L14_two_launchers_of_the_same_job_do_not_meet(sandbox):
