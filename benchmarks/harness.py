@@ -65,7 +65,7 @@ def parser(description: str, *, n: int, peer_n: int) -> argparse.ArgumentParser:
 
 def launchers(options: argparse.Namespace, able: Sequence[str] = ALL) -> list[Launcher]:
     """Give the launchers that were asked for, have the thing measured (are `able`), and are installed."""
-    # So that a script that is told to end (by `timeout`, say) leaves its jobs as one that is interrupted does.
+    # A script that is told to end (by `timeout`, say) ends its jobs, as one that is interrupted does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     load = os.getloadavg()[0]
     print(f"{os.cpu_count()} cores, load {load:.1f} before the start, Python {platform.python_version()}")
@@ -80,10 +80,10 @@ def launchers(options: argparse.Namespace, able: Sequence[str] = ALL) -> list[La
         elif name == "torchrun":
             chosen.append(Launcher(name, (sys.executable, "-m", "torch.distributed.run"), ""))
         else:
-            python = Path(options.nvrx_python)
-            script = python.with_name("ft_launcher")
+            # Not resolved: the Python of an environment is a link, and its scripts stand beside the link.
+            script = Path(options.nvrx_python).parent / "ft_launcher"
             if options.nvrx_python and script.exists():
-                command = (str(python), str(script))
+                command = (options.nvrx_python, str(script))
                 chosen.append(Launcher(name, command, "nvidia_resiliency_ext.fault_tolerance"))
             else:
                 print("nvrx is left out: --nvrx-python names no environment that has it (see README.md)")

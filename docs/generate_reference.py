@@ -1,6 +1,6 @@
 """Prints the tables of reference.md that derive from the code; with --write, puts them there.
 
-    python docs/generate_reference.py --write
+python docs/generate_reference.py --write
 """
 
 import re
@@ -82,7 +82,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def filled(text: str) -> str:
     """Give the text of reference.md with each table in its place."""
     for name, table in tables().items():
-        begin, end = f"<!-- generated: {name} -->\n", "\n<!-- end -->"
+        begin, end = f"<!-- generated: {name} -->\n\n", "\n\n<!-- end -->"
         pattern = f"({re.escape(begin)}).*?({re.escape(end)})"
         text, places = re.subn(pattern, lambda found, table=table: found[1] + table + found[2], text, flags=re.DOTALL)
         if places != 1:

@@ -71,7 +71,7 @@ def _exec(command: list[str], environment: dict[bytes, bytes]) -> tuple[str, int
     for path in paths:
         try:
             posix.execve(path, command, environment)
-        except (FileNotFoundError, NotADirectoryError):  # noqa: PERF203  # one after the other is the task
+        except (FileNotFoundError, NotADirectoryError):
             if _exists(path):
                 reason = "its interpreter (the #! line, or the dynamic loader) does not exist"
         except (OSError, ValueError) as error:

@@ -31,6 +31,15 @@ logger = logging.getLogger(__name__)
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line, with the nearest right spelling."""
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._of_torchrun = frozenset(self._option_string_actions)
+
+    def _get_option_tuples(self, option_string: str) -> Any:
+        # A prefix means what it means to torchrun: no flag of ours makes one ambiguous.
+        found = super()._get_option_tuples(option_string)
+        return [each for each in found if each[1] in self._of_torchrun] or found
+
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()
         if unknown and message.startswith("unrecognized"):

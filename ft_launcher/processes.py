@@ -9,24 +9,9 @@ from time import monotonic
 
 from msgspec import Struct
 
-from ft_launcher.procfs import (
-    Entry,
-    ancestry,
-    belongs_to,
-    catches,
-    memory_limit,
-    newest_pid,
-    oom_kill_count,
-    read_entry,
-    read_environment,
-    read_pids,
-    stacks_from_proc,
-    state,
-)  # fmt: skip
+from ft_launcher.procfs import Entry, ancestry, newest_pid, read_entry, read_environment, read_pids
 
-__all__ = ["Process", "Survivor", "Tree", "become_subreaper", "belongs_to", "catches", "kill_orphans", "kill_tree",
-           "memory_limit", "oom_kill_count", "orphans", "reap", "stacks_from_proc", "state",
-           "wait_gone"]  # fmt: skip
+__all__ = ["Process", "Survivor", "Tree", "become_subreaper", "kill_tree", "orphans", "reap", "wait_gone"]
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SWEEP = 0.05  # seconds; look again so soon although something still lives, as it may be forking
@@ -120,8 +105,7 @@ class Tree:
         self._foreign = {root.session for root in roots} - self._sessions
         self._held: dict[int, Process] = {}
         self._passed: set[tuple[int, int]] = set()
-        self.is_restless = False
-        """In the last look something appeared and was gone, as each generation of a chain of forks is."""
+        self.is_restless = False  # the last look saw something new that was gone at once, as in a chain of forks
         # One look holds no more than half of the descriptors that we may open; the next finds what is left.
         self._most = os.sysconf("SC_OPEN_MAX") // 2
 
@@ -239,31 +223,15 @@ def _sweep(tree: Tree, deadline: float) -> list[Survivor]:
             member.send(signal.SIGKILL)
         wait_gone((member.pidfd for member in living), min(_SWEEP, max(0.0, deadline - monotonic())))
         empty = quiet = 0
-        now = monotonic()
-        if now >= deadline:
+        if (now := monotonic()) >= deadline:
             break
         settled_at = now + _SETTLE
     entries = [(member, read_entry(member.pid)) for member in living if not member.is_gone()]
     return [Survivor(e.pid, e.name, e.state) for member, e in entries if e and e.started == member.started]
 
 
-def kill_orphans(*, keep: Collection[int], limit: float = 5.0) -> list[Survivor]:
-    """Kill and reap what this process has adopted (see `orphans`), with all that it has started."""
-    adopted = []
-    for pid in orphans(os.getpid(), keep):
-        with contextlib.suppress(ProcessLookupError):  # someone else has reaped it
-            adopted.append(Process(pid))
-    try:
-        survivors = kill_tree(adopted, exclude=keep, signum=signal.SIGKILL, grace=0.0, limit=limit)
-    finally:
-        for process in adopted:
-            process.close()
-    reap(orphans(os.getpid(), keep))
-    return survivors
-
-
 def orphans(of_pid: int, keep: Collection[int]) -> list[int]:
-    """The children that a subreaper (the launcher) has adopted, zombies too; `keep`: those it has started itself.
+    """The children that a subreaper (the launcher) has adopted, zombies too; `keep`: those that it has started.
 
     Also left out are children in its own session: no rank's descendant can be there, while a helper that some library
     has started (multiprocessing's resource tracker) is. Call it from the thread that starts processes.

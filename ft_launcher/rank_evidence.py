@@ -42,6 +42,10 @@ class Evidence:
         with suppress(ProcessLookupError):  # it has gone again
             self._speaker = Process(speaker.pid)
 
+    def speaker_pid(self) -> int | None:
+        """Give the process that speaks for the rank; None when there was none yet, or it has ended."""
+        return None if self._speaker is None or self._speaker.is_gone() else self._speaker.pid
+
     def gather_for(self, due: Deadline) -> None:
         """Look at the rank and its processes, and ask it for its stacks, once for each deadline."""
         if self._gathered_for == due:
@@ -61,8 +65,8 @@ class Evidence:
         if self._speaker is None or not self._can_write():
             return
         if self._asked_at is None:
-            self._speaker.send(signal.SIGCONT)
             self._ask()
+            self._speaker.send(signal.SIGCONT)
         asked_at = self._asked_at or time.monotonic()
         size = self._size()
         while time.monotonic() - asked_at < STACKS_SECONDS:

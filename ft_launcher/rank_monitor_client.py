@@ -78,7 +78,7 @@ class RankMonitorClient:
         self._page = StampPage(-1)
         self._stamps = self._page.stamps
         self._stacks_fd: int | None = None
-        self._open_count = 0
+        self._open: set[str] = set()
         self._longest_ns: dict[str, int] = {}
         self._longest_heartbeat_ns = 0
         self._longest_outside_ns = 0
@@ -105,7 +105,7 @@ class RankMonitorClient:
                 host=socket.gethostname(),
                 pid=os.getpid(),
             )
-            self._open_count = 0
+            self._open.clear()
             try:
                 with self._link_lock:
                     greeting = link.greet(ANSWER_SECONDS)
@@ -181,9 +181,9 @@ class RankMonitorClient:
             if stamps[slot]:
                 raise RankMonitorClientError(f"section {name!r} is open already")
             stamps[slot] = now
-            if not self._open_count and now - stamps[_IDLE_SINCE] > self._longest_outside_ns:
+            if not self._open and now - stamps[_IDLE_SINCE] > self._longest_outside_ns:
                 self._longest_outside_ns = now - stamps[_IDLE_SINCE]
-            self._open_count += 1
+            self._open.add(name)
 
     def end_section(self, name: str) -> None:
         """Close section `name`. Raises RankMonitorClientError when it is not open."""
@@ -215,8 +215,10 @@ class RankMonitorClient:
         finally:
             # Not after end_all_sections(), abort() or shutdown inside the block: there is nothing left to close then.
             with self._lock:
-                if self.is_initialized and self._stamps[self._slot(name)]:
-                    self.end_section(name)
+                slot = self._slot(name)
+                opened = self._stamps[slot]
+                if self.is_initialized and opened:
+                    self._close_section(name, slot, opened)
 
     # -- timeouts from observation --------------------------------------------------------------------------------
 
@@ -387,7 +389,7 @@ class RankMonitorClient:
     def _close_section(self, name: str, slot: int, opened: int) -> None:
         now = _monotonic_ns()
         stamps = self._stamps
-        self._open_count -= 1
+        self._open.discard(name)
         # Before the section is closed: a monitor that looks in between must not see an old idle time and no section.
         stamps[_IDLE_SINCE] = now
         stamps[slot] = 0
@@ -444,7 +446,7 @@ class RankMonitorClient:
             self._link.close()
         self._page = StampPage(-1)
         self._stamps = self._page.stamps
-        self._open_count = 0
+        self._open = set()
         if self._stacks_fd is not None:
             faulthandler.unregister(STACK_SIGNAL)
             _close(self._stacks_fd)

@@ -92,9 +92,10 @@ class _Rank:
 class _Connection:
     """One process that talks to the monitor. Who it is, the kernel says; it speaks for the rank once it was greeted."""
 
-    def __init__(self, connected: socket.socket, pid: int) -> None:
+    def __init__(self, connected: socket.socket, pid: int, uid: int) -> None:
         self.socket = connected
         self.pid = pid
+        self.uid = uid
         self.greeted = False
 
 
@@ -171,8 +172,9 @@ class RankMonitor:
         stacks = rank.evidence.save(cause)
         # The launcher is told first: it must know the reason when it sees the rank's end.
         self._tell_launcher(RankHung(pid=rank.pid, cause=cause, killed_at=now, stacks_path=stacks))
-        rank.process.send(signal.SIGCONT)
+        # In this order: a stopped rank that is continued first runs on until the signal comes.
         rank.process.send(settings.termination_signal)
+        rank.process.send(signal.SIGCONT)
         rank.give_up_at = now + UNKILLABLE_SECONDS
         if settings.termination_signal == signal.SIGKILL:
             rank.evidence.kill_tree()
@@ -274,13 +276,10 @@ class RankMonitor:
             pid, uid, _ = _CREDENTIALS.unpack(
                 accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             )
-            connection = _Connection(accepted, pid)
+            connection = _Connection(accepted, pid, uid)
             if len(self._connections) >= MAX_CONNECTIONS:
                 self._drop(next((each for each in self._connections if not each.greeted), self._connections[0]))
             self._connections.append(connection)
-            if uid != os.getuid():
-                self._refuse(connection, "it belongs to another user")
-                return
             self._selector.register(accepted, selectors.EVENT_READ, lambda: self._hear(connection))
 
     def _hear(self, connection: _Connection) -> None:
@@ -322,11 +321,13 @@ class RankMonitor:
         rank, settings = self._rank, self._settings
         if rank is None or settings is None:
             self._refuse(connection, "no rank is running")
+        elif connection.uid != os.getuid():
+            self._refuse(connection, "it belongs to another user")
         elif hello.protocol != PROTOCOL:
             self._refuse(connection, f"it speaks protocol {hello.protocol}, this monitor {PROTOCOL}; use one version")
         elif not _belongs_to(connection.pid, rank.pid):
             self._refuse(connection, f"process {connection.pid} is not the rank's (pid {rank.pid}) or its descendant")
-        elif any(each.greeted and each.pid != connection.pid for each in self._connections):
+        elif self._speaks_another(rank, connection.pid):
             self._refuse(connection, "another process speaks for this rank already")
         else:
             for earlier in [each for each in self._connections if each.greeted]:
@@ -342,6 +343,12 @@ class RankMonitor:
                 socket.send_fds(connection.socket, [welcome], [rank.page.fd, rank.evidence.stacks_fd])
             except OSError:
                 self._drop(connection)
+
+    def _speaks_another(self, rank: _Rank, pid: int) -> bool:
+        if any(each.greeted and each.pid != pid for each in self._connections):
+            return True
+        # Not connected, as its monitor was replaced: it will be, and until it shuts down nobody takes its place.
+        return rank.evidence.speaker_pid() not in (None, pid) and rank.page.read().teardown is None
 
     def _heed(self, connection: _Connection, message: LimitsSet | ControlRequested) -> None:
         rank = self._rank

@@ -7,6 +7,8 @@ that the launcher has bound, so that no port is guessed and lost to somebody els
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
@@ -30,8 +32,6 @@ def open_rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:
     if parameters.max_nodes == 1 and (parameters.backend == "static" or (parameters.backend == "c10d" and port == 0)):
         host = parameters.local_addr or (host if parameters.backend == "static" else LOOPBACK)
         return LoneNodeRendezvous(parameters.run_id, parameters.backend, host, port)
-    # Else the inner handler would open a store for the workers too.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     fixed_host = host if parameters.backend == "static" else parameters.local_addr
     return FreshStoreRendezvous(get_rendezvous_handler(parameters), fixed_host)
 
@@ -51,12 +51,30 @@ class _WorkerStore:
         self.port: int = self.server.port
 
 
+@contextmanager
+def _no_shared_store() -> Iterator[None]:
+    """Keep torch's handler from opening a store for the workers too; they shall not inherit what tells it so."""
+    name = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    given = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if given is not None:
+            os.environ[name] = given
+
+
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    listener.listen(1024)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 
@@ -138,7 +156,8 @@ class FreshStoreRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Meet the other nodes; then rank 0 opens a store for the workers and tells the others where."""
-        info = self._inner.next_rendezvous()
+        with _no_shared_store():
+            info = self._inner.next_rendezvous()
         self._round += 1
         self._store = None
         port = 0

@@ -51,6 +51,10 @@ class Lag(Struct, frozen=True):
     ended_at: float
     seconds: float
 
+    def within(self, since: float) -> float:
+        """Give how much of it a wait that began at `since` has seen."""
+        return min(self.seconds, max(0.0, self.ended_at - since))
+
 
 class Deadline(Struct, frozen=True):
     """At `at`, `what` will have lasted longer than `limit` seconds since `since`."""
@@ -73,10 +77,10 @@ def deadline(
 
     `started_at` is when the rank's process was started. `job_connected`: some rank of the job has connected once, so
     the script does use the client, and a rank that stays silent hangs. What the watcher itself overslept (`lags`) is
-    given to every wait that had begun by then.
+    given to every wait that was on meanwhile.
     """
     due = (
-        Deadline(since + limit + sum(lag.seconds for lag in lags if lag.ended_at >= since), since, limit, what)
+        Deadline(since + limit + sum(lag.within(since) for lag in lags), since, limit, what)
         for since, limit, what in _waits(stamps, limits, started_at, job_connected=job_connected)
         if limit is not None
     )

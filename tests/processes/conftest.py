@@ -15,7 +15,7 @@ import pytest
 
 from ft_launcher import processes
 from ft_launcher.config import FaultToleranceConfig
-from ft_launcher.messages import FromMonitor
+from ft_launcher.messages import ControlRequested, FromMonitor
 from ft_launcher.monitors import RankMonitors, _WatchedRank
 from ft_launcher.rank_monitor_client import SOCKET_ENV
 from ft_launcher.watch import Limits
@@ -61,6 +61,13 @@ class Rank:
         """Give the value of what it has begun, while the launcher goes on. Raises RankError."""
         self._watch.until(self.has_answered, f"answer of the rank, pid {self.pid}")
         return self._take()
+
+    def answer_or_error(self) -> Any:
+        """Like `answer`; an error as its text."""
+        try:
+            return self.answer()
+        except RankError as error:
+            return str(error)
 
     def run(self, code: str) -> Any:
         """Give the value of `code` in the rank, while the launcher goes on. Raises RankError."""
@@ -171,6 +178,7 @@ class Watch:
 
     def limits(self, local_rank: int = 0) -> Limits | None:
         """The timeouts that the rank has set, as the launcher would tell them to another monitor."""
+        self.listen()
         return self._watched(local_rank).limits
 
     def connect(self, local_rank: int = 0) -> Peer:
@@ -203,6 +211,11 @@ class Watch:
         assert found is not None
         self.heard = [(rank, each) for rank, each in self.heard if each is not found]
         return found
+
+    def requests(self, local_rank: int | None = None) -> set[str | None]:
+        """Give the texts of the control requests that the launcher holds, each once: one may come twice."""
+        self.listen()
+        return {request.description for request in self.all_heard(ControlRequested, local_rank)}
 
     def all_heard(self, kind: type[Kind], local_rank: int | None = None) -> list[Kind]:
         """Give all messages of this kind that were heard and not taken yet."""

@@ -433,7 +433,7 @@ time.sleep(600)
 def test_the_module_and_the_console_script_are_the_same_command(sandbox):
     script = sandbox.script("import sys; print('runs', *sys.argv[1:]); sys.exit(int(sys.argv[1]))")
     console = str(Path(sys.executable).with_name("ft_launcher"))
-    for arguments in (["--help"], ["missing.py"], ["--ft-dry-run", script], [script, "0"], [script, "3"]):
+    for arguments in (["--help"], ["missing.py"], [script, "3"]):
         jobs = [sandbox.start(*command, *arguments) for command in (LAUNCHER, [console])]
         codes = [job.wait() for job in jobs]
         assert codes[0] == codes[1]

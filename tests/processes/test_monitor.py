@@ -13,7 +13,6 @@ import pytest
 from ft_launcher.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL,
-    ControlRequested,
     RankConnected,
     RankHung,
     Refused,
@@ -22,12 +21,6 @@ from ft_launcher.messages import (
 from ft_launcher.monitors import RESPAWNS, MonitorsFailedError
 from ft_launcher.processes import wait_gone
 from tests.processes.driven_rank import HELLO
-
-
-def requests(watch, local_rank=None):
-    """The texts of the control requests that the launcher holds, each once: one may come twice."""
-    watch.listen()
-    return {request.description for request in watch.all_heard(ControlRequested, local_rank)}
 
 
 def reason(hung):
@@ -64,7 +57,7 @@ def test_M1_twenty_killed_monitors_cost_no_request_no_rank_and_no_hang(watch):
                 watch.signal_monitor(signal.SIGKILL, local_rank)
         assert [rank.answer() for rank in ranks] == [True] * 4
     for local_rank in local_ranks:
-        assert requests(watch, local_rank) == {f"request {kill}" for kill in range(RESPAWNS)}
+        assert watch.requests(local_rank) == {f"request {kill}" for kill in range(RESPAWNS)}
     assert watch.all_heard(RankHung) == []
     assert all(rank.is_alive() for rank in ranks)
 
@@ -111,7 +104,7 @@ def test_M2_a_stopped_monitor_is_replaced_and_what_it_missed_is_made_up_for(watc
     assert watch.next(RankHung, local_rank=0).pid == hanging.pid
     assert hanging.wait() == -signal.SIGKILL
     assert asking.answer() is True
-    assert requests(watch, local_rank=1) == {"request 1"}
+    assert watch.requests(local_rank=1) == {"request 1"}
     setting.answer()
     assert before.isdisjoint(watch.monitors.pids())
     # The heartbeat timeout that was configured is not in force any more; the section's is.
@@ -204,7 +197,7 @@ def test_M7_a_monitor_does_not_grow_with_the_messages_it_gets(watch):
     watch.heard.clear()
     before = monitor.memory_full_info().uss
     rank.run(f"for n in range(10_000): ask(n); client.load_state_dict({settings})")
-    assert len(requests(watch)) == 10_000
+    assert len(watch.requests()) == 10_000
     assert monitor.pid == watch.monitor_pid()
     assert monitor.memory_full_info().uss - before < 1 << 20
 
@@ -298,7 +291,7 @@ def test_C2_malformed_frames_end_their_connection_and_nothing_else(watch):
     peer.close()
 
     assert rank.run("ask(2)") is True
-    assert requests(watch) == {"request 1", "request 2"}
+    assert watch.requests() == {"request 1", "request 2"}
     assert watch.monitor_pid() == monitor
     assert open_files(monitor) == files
     assert watch.all_heard(RankHung) == []
@@ -423,6 +416,10 @@ def test_C8_another_process_is_refused_while_one_speaks_for_the_rank(watch):
     rank.run("client.send_heartbeat()")
     refused = rank.run("in_child(lambda: connect_raw().ask(HELLO))")
     assert refused == "Refused(reason='another process speaks for this rank already')"
+    # Nor while the rank is not connected, as its monitor was replaced.
+    watch.signal_monitor(signal.SIGKILL)
+    watch.until(lambda: not watch.is_monitor_gone(), "another monitor")
+    assert rank.run("in_child(lambda: connect_raw().ask(HELLO))") == refused
     watch.next(RankHung)
 
 
@@ -436,7 +433,6 @@ def test_C9_what_a_forked_child_says_over_its_parents_connection_counts_for_noth
     rank.run("peer.say(limits(heartbeat=77.0))")
     # The parent's connection is as good as before, and it alone has set a timeout.
     assert "RequestAcknowledged" in rank.run("peer.hear()")
-    watch.listen()
     assert watch.limits(0).heartbeat == 77.0
 
 

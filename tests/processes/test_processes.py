@@ -504,7 +504,7 @@ def test_no_descriptor_is_kept(family):
 
 SUBREAPER = """
 import json
-from ft_launcher import processes
+from ft_launcher import processes, procfs
 processes.become_subreaper()
 script = '''
 import os, subprocess, sys
@@ -526,13 +526,14 @@ first.wait()
 monitor = subprocess.Popen(SLEEP, start_new_session=True)      # ours, in a session of its own: only `keep` tells
 helper = subprocess.Popen(SLEEP)                               # ours, in our session
 adopted = processes.orphans(os.getpid(), {monitor.pid})
-survivors = processes.kill_orphans(keep={monitor.pid})
-children = [pid for pid in processes.read_pids() if processes.read_entry(pid).parent == os.getpid()]
-print(json.dumps([len(adopted), survivors, sorted(children) == sorted([monitor.pid, helper.pid])]))
+survivors = processes.kill_tree([processes.Process(pid) for pid in adopted], grace=0.0)
+reaped = processes.reap(adopted) == set(adopted)
+children = [pid for pid in procfs.read_pids() if procfs.read_entry(pid).parent == os.getpid()]
+print(json.dumps([len(adopted), survivors, reaped, sorted(children) == sorted([monitor.pid, helper.pid])]))
 for ours in (monitor, helper):
     ours.kill(); ours.wait()
 """
-    assert json.loads(family.run(SUBREAPER + launcher)) == [1, [], True]
+    assert json.loads(family.run(SUBREAPER + launcher)) == [1, [], True, True]
     assert family.living() == []
 
 
@@ -542,7 +543,7 @@ import contextlib
 script = "import os\\nif os.fork() == 0: os.setsid(); os._exit(0)\\nos._exit(7)"
 worker = subprocess.Popen([sys.executable, "-S", "-c", script], start_new_session=True)
 os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
-while len(found := processes.orphans(os.getpid(), {worker.pid})) != 1 or processes.state(found[0]) != "Z":
+while len(found := processes.orphans(os.getpid(), {worker.pid})) != 1 or procfs.state(found[0]) != "Z":
     os.sched_yield()
 reaped = processes.reap(processes.orphans(os.getpid(), keep={worker.pid}))
 print(json.dumps([reaped == set(found), processes.orphans(os.getpid(), set()) == [worker.pid], worker.wait()]))
@@ -570,14 +571,14 @@ say("ready"); signal.pause()
 """
     )
     pid = rank.hear("ready")["ready"]
-    wait_for(lambda: processes.stacks_from_proc(pid).count("S (sleeping)") == 2, "two threads asleep")
-    text = processes.stacks_from_proc(pid)
+    wait_for(lambda: procfs.stacks_from_proc(pid).count("S (sleeping)") == 2, "two threads asleep")
+    text = procfs.stacks_from_proc(pid)
     assert text.startswith(f"thread {pid} ({name_of(pid)}): ")
     assert text.count("system call: ") == 2
-    assert "and 1 more threads" in processes.stacks_from_proc(pid, most_threads=1)
+    assert "and 1 more threads" in procfs.stacks_from_proc(pid, most_threads=1)
     kill_tree([rank.process], grace=0.0)
     rank.popen.wait(GENEROUS)
-    assert processes.stacks_from_proc(pid) == "\n"
+    assert procfs.stacks_from_proc(pid) == "\n"
     assert procfs.state(pid) == ""
 
 
@@ -590,11 +591,11 @@ say("ready"); time.sleep(600)
 """
     )
     pid = rank.hear("ready")["ready"]
-    caught = [signum for signum in range(1, 65) if processes.catches(pid, signum)]
+    caught = [signum for signum in range(1, 65) if procfs.catches(pid, signum)]
     assert caught == [signal.SIGINT, signal.SIGRTMIN + 2]
     kill_tree([rank.process], grace=0.0)
     rank.popen.wait(GENEROUS)
-    assert not processes.catches(pid, signal.SIGINT)
+    assert not procfs.catches(pid, signal.SIGINT)
 
 
 def test_a_process_belongs_to_its_ancestors_and_its_session(family):
@@ -603,10 +604,10 @@ def test_a_process_belongs_to_its_ancestors_and_its_session(family):
     )
     pids = rank.hear("orphan", "child")
     for pid in (rank.popen.pid, pids["orphan"], pids["child"]):
-        assert processes.belongs_to(pid, rank.popen.pid)
-    assert processes.belongs_to(rank.popen.pid, os.getpid())
-    assert not processes.belongs_to(os.getpid(), rank.popen.pid)
-    assert not processes.belongs_to(2**22 + 1, rank.popen.pid)
+        assert procfs.belongs_to(pid, rank.popen.pid)
+    assert procfs.belongs_to(rank.popen.pid, os.getpid())
+    assert not procfs.belongs_to(os.getpid(), rank.popen.pid)
+    assert not procfs.belongs_to(2**22 + 1, rank.popen.pid)
     kill_tree([rank.process], grace=0.0)
 
 
@@ -632,12 +633,12 @@ say("ready"); signal.sigwait({signal.SIGUSR1}); hog = b"x" * (200 << 20); time.s
             )
             (group / "cgroup.procs").write_text(str(ranks[-1].hear("ready")["ready"]))
         witness, victim = ranks
-        assert processes.memory_limit(witness.popen.pid) == 64 << 20
-        before = processes.oom_kill_count(witness.popen.pid)
+        assert procfs.memory_limit(witness.popen.pid) == 64 << 20
+        before = procfs.oom_kill_count(witness.popen.pid)
         assert before is not None
         victim.process.send(signal.SIGUSR1)
         assert victim.popen.wait(GENEROUS) == -signal.SIGKILL
-        assert processes.oom_kill_count(witness.popen.pid) == before + 1
+        assert procfs.oom_kill_count(witness.popen.pid) == before + 1
     finally:
         kill_tree([rank.process for rank in ranks], grace=0.0)
         for rank in ranks:
@@ -646,8 +647,8 @@ say("ready"); signal.sigwait({signal.SIGUSR1}); hog = b"x" * (200 << 20); time.s
 
 
 def test_the_memory_cgroup_of_a_process_that_is_gone_is_unknown():
-    assert processes.oom_kill_count(2**22 + 1) is None
-    assert processes.memory_limit(2**22 + 1) is None
+    assert procfs.oom_kill_count(2**22 + 1) is None
+    assert procfs.memory_limit(2**22 + 1) is None
 
 
 # -- the shim ---------------------------------------------------------------------------------------------------------

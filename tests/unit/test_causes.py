@@ -114,7 +114,8 @@ def test_R16_a_description_cannot_forge_a_line():
 def test_every_signal_is_told_by_number_and_by_its_name_if_it_has_one(signum, by, oom_counted):
     words = sentence(Signalled(signum, by, oom_counted))
     assert words.startswith(f"killed by signal {signum}")
-    if signum not in (32, 33):
+    # Python 3.10 does not know 16 (SIGSTKFLT); 32 and 33 belong to the C library.
+    if signum > 33 or signum in set(signal.Signals):
         assert f"({signal.Signals(signum).name if signum <= 31 else 'SIGRT'}" in words
 
 
