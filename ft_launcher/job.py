@@ -91,9 +91,7 @@ def launch(
         name, spec = _worker_spec(config, entrypoint, args, rendezvous)
         with ExitStack() as stack:
             with signals.held():
-                monitors = stack.enter_context(
-                    RankMonitors(config.nproc_per_node, ft, options.own_log_dir, os.environ)
-                )
+                monitors = stack.enter_context(RankMonitors(config.nproc_per_node, ft, options.own_log_dir, os.environ))
             # Nothing but an event can matter to a node that is alone; torch's own rendezvous must be asked for news.
             alone = config.max_nodes == 1 and isinstance(entrypoint, str)
             agent = FtAgent(

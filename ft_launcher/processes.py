@@ -62,6 +62,11 @@ class Process:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             signal.pidfd_send_signal(self.pidfd, signum)
 
+    def stop(self, signum: int) -> None:
+        """Signal it and continue it: in this order a stopped one wakes to the signal, and does nothing else first."""
+        self.send(signum)
+        self.send(signal.SIGCONT)
+
     def is_gone(self) -> bool:
         """It has exited; perhaps nobody has reaped it yet."""
         return not wait_gone([self.pidfd], 0.0)
@@ -191,11 +196,13 @@ def kill_tree(
     leaders = {root.pid for root in roots}
     with contextlib.closing(Tree(roots, markers=markers, exclude=exclude)) as tree:
         try:
+            # The roots first: finding the others takes milliseconds, which a rank in a collective spends waiting.
+            for root in roots:
+                root.stop(signum)
             asked = [member for member in tree.look() if {member.pid, member.group} & leaders]
             for member in asked:
-                # In this order a stopped one wakes to the signal; else it would first go on with what it was doing.
-                member.send(signum)
-                member.send(signal.SIGCONT)
+                if member.pid not in leaders:
+                    member.stop(signum)
             wait_gone((member.pidfd for member in asked), grace)
         finally:
             try:

@@ -32,6 +32,7 @@ class Evidence:
         self._gathered_for: Deadline | None = None
         self._asked_at: float | None = None
         self._kernel = ""
+        self.members = [rank]
 
     def heed(self, speaker: Speaker) -> None:
         """Ask `speaker` for stacks from now on."""
@@ -51,7 +52,7 @@ class Evidence:
         if self._gathered_for == due:
             return
         self._gathered_for = due
-        self._tree.look()
+        self.look()
         self._kernel = procfs.stacks_from_proc(self._rank.pid)
         # A stopped process is continued only when its time is up.
         self._asked_at = None
@@ -89,11 +90,10 @@ class Evidence:
             return None
         return self._path
 
-    def kill_tree(self) -> None:
-        """Send SIGKILL to the rank and to all that it has started, as seen shortly before it was signalled and now."""
-        self._rank.send(signal.SIGKILL)
-        for member in self._tree.look():
-            member.send(signal.SIGKILL)
+    def look(self) -> list[Process]:
+        """Look for the rank and all that it has started, and give them; they are `members` until the next look."""
+        self.members = [self._rank, *self._tree.look()]
+        return self.members
 
     def close(self) -> None:
         """Close all descriptors."""

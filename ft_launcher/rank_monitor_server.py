@@ -111,7 +111,8 @@ class RankMonitor:
         self._lags: tuple[Lag, ...] = ()
         self._connections: list[_Connection] = []
         self._launcher_is_there = True
-        self._selector = selectors.DefaultSelector()
+        # Not epoll, which wakes up to 1 ms late because it counts in milliseconds.
+        self._selector = selectors.SelectSelector()
         self._selector.register(launcher, selectors.EVENT_READ, self._hear_launcher)
 
     def run(self) -> None:
@@ -172,12 +173,11 @@ class RankMonitor:
         stacks = rank.evidence.save(cause)
         # The launcher is told first: it must know the reason when it sees the rank's end.
         self._tell_launcher(RankHung(pid=rank.pid, cause=cause, killed_at=now, stacks_path=stacks))
-        # In this order: a stopped rank that is continued first runs on until the signal comes.
-        rank.process.send(settings.termination_signal)
-        rank.process.send(signal.SIGCONT)
+        rank.process.stop(settings.termination_signal)
         rank.give_up_at = now + UNKILLABLE_SECONDS
         if settings.termination_signal == signal.SIGKILL:
-            rank.evidence.kill_tree()
+            # Those seen before the launcher was told: what it starts in their place looks the same from outside.
+            _kill_all(rank.evidence.members)
         else:
             rank.escalate_at = now + settings.termination_grace
             rank.give_up_at += settings.termination_grace
@@ -186,7 +186,7 @@ class RankMonitor:
         now = time.monotonic()
         if rank.escalate_at is not None and rank.escalate_at <= now:
             rank.escalate_at = None
-            rank.evidence.kill_tree()
+            _kill_all(rank.evidence.look())
         if rank.give_up_at is not None and rank.give_up_at <= now:
             entry = procfs.read_entry(rank.pid)
             self._tell_launcher(RankUnkillable(rank.pid, entry.state if entry is not None else "?"))
@@ -364,14 +364,15 @@ class RankMonitor:
                     out_of_section=message.out_of_section,
                     teardown=rank.limits.teardown,
                 )
-                self._tell_launcher(LimitsChanged(rank.pid, rank.limits))
-                self._answer(connection, RequestAcknowledged(message.number))
+                told = self._tell_launcher(LimitsChanged(rank.pid, rank.limits))
             case ControlRequested():
-                # Forwarded, then acknowledged: the rank may exit on our answer, and the launcher must hold it by then.
-                if self._tell_launcher(message):
-                    self._answer(connection, RequestAcknowledged(message.number))
-                else:
-                    self._refuse(connection, "the launcher does not listen")
+                told = self._tell_launcher(message)
+        if told:
+            # Only now: the rank may exit on our answer, and the launcher must hold what it said by then.
+            self._answer(connection, RequestAcknowledged(message.number))
+        else:
+            # The launcher is stopped, or slower than we: the rank connects and asks again, as long as it likes.
+            self._drop(connection)
 
     def _answer(self, connection: _Connection, message: ToRank) -> None:
         try:
@@ -390,6 +391,11 @@ class RankMonitor:
         with suppress(KeyError, ValueError):
             self._selector.unregister(connection.socket)
         connection.socket.close()
+
+
+def _kill_all(members: list[Process]) -> None:
+    for member in members:
+        member.send(signal.SIGKILL)
 
 
 def _belongs_to(pid: int, rank_pid: int) -> bool:

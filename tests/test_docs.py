@@ -4,7 +4,7 @@ A comment before each fenced block says how it is tested:
 
     <!-- test: run -->                     a shell runs it; `run, exits with 1`
     <!-- test: output -->                  the block above printed such lines; `output, and nothing else like it`
-    <!-- test: python on 2 ranks -->       ft_launcher runs it; `python on 2 ranks, with 1 restart`
+    <!-- test: python on 2 ranks -->       ft_launcher runs it; `python on 1 rank, with 1 restart`
     <!-- test: saved as train.py -->       a block that follows runs it
     <!-- test: yaml -->                    ft_launcher reads it; `yaml, saved as ft.yaml`
     <!-- test: output of the demo -->      the second job of examples/demo.py prints such lines
@@ -86,8 +86,8 @@ class Reader:
                 assert resolve(block.text, block.place, {}, {}).warnings == []
                 for word in saved:
                     self._save(word, block)
-            case ["python on 2 ranks", *restarts]:
-                self._launch(block, restarts)
+            case ["python on 2 ranks" | "python on 1 rank" as ranks, *restarts]:
+                self._launch(block, ranks.split()[2], restarts)
             case ["run", *ends]:
                 self._run(block, int(ends[0].removeprefix("exits with ")) if ends else 0)
             case ["output", *only]:
@@ -112,10 +112,10 @@ class Reader:
         self._sandbox.script(block.text, name)
         self._not_run.add(name)
 
-    def _launch(self, block: Block, restarts: list[str]) -> None:
+    def _launch(self, block: Block, ranks: str, restarts: list[str]) -> None:
         script = self._sandbox.script(block.text, f"block_{block.place.partition(':')[2]}.py")
         flags = ["--max-restarts", "1"] if restarts == ["with 1 restart"] else []
-        command = (sys.executable, "-m", "ft_launcher", "--nproc-per-node", "2", "--log-dir", "logs", *flags, script)
+        command = (sys.executable, "-m", "ft_launcher", "--nproc-per-node", ranks, "--log-dir", "logs", *flags, script)
         output = self._end(self._start(*command), 0)
         assert output.count("started rank 0") == 1 + len(restarts), f"{block.place}: {output}"
 

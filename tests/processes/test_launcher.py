@@ -1,6 +1,5 @@
 """What happens to the launcher itself: signals, its death, its output, its directories, its limits; and to its job."""
 
-import os
 import re
 import signal
 import socket
@@ -9,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tests.conftest import GENEROUS
 
 HEAD = """
 import os, signal, subprocess, sys, time
@@ -281,8 +278,7 @@ sys.exit(1 if restart == 0 else int(sys.argv[1]))
         "the reader has gone": '"$@" 2>&1 | head -c1 >/dev/null; exit ${PIPESTATUS[0]}',
         # The pipe that this shell holds itself is never read: first it is filled, as far as it takes at once.
         "a full pipe": (
-            "mkfifo full; exec 3<>full; dd if=/dev/zero of=full bs=4096 oflag=nonblock 2>/dev/null;"
-            ' "$@" >&3 2>&3'
+            'mkfifo full; exec 3<>full; dd if=/dev/zero of=full bs=4096 oflag=nonblock 2>/dev/null; "$@" >&3 2>&3'
         ),
     }.items(),
     ids=lambda item: item[0],

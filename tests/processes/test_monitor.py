@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import select
 import shutil
 import signal
 from pathlib import Path
@@ -358,6 +359,16 @@ threading.Thread(target=flood, daemon=True).start()
     assert flooding.wait() == -signal.SIGKILL
 
 
+def test_C5_requests_that_come_faster_than_the_launcher_hears_them_are_not_lost(watch):
+    watch = watch()
+    rank = watch.start_connected()
+    rank.begin("[ask(n) for n in range(1000)]")
+    # The launcher's socket holds a few hundred; the rank waits with the others.
+    assert not select.select([rank.fd], [], [], 1)[0]
+    assert set(rank.answer()) == {True}
+    assert watch.requests() == {f"request {n}" for n in range(1000)}
+
+
 def test_C6_another_version_of_the_protocol_is_refused_with_a_sentence(watch):
     watch = watch()
     rank = watch.start()
@@ -449,6 +460,20 @@ for fd in os.listdir("/proc/self/fd"):
         rank.run(cut)
     rank.run("client.send_heartbeat()")
     watch.next(RankHung)
+
+
+def test_a_rank_that_is_started_in_place_of_a_hung_one_is_not_killed_with_it(watch):
+    watch = watch(rank_heartbeat_timeout=0.2)
+    for _ in range(10):
+        hung = watch.start_connected()
+        hung.run("client.send_heartbeat()")
+        watch.next(RankHung)
+        # It looks just like the one before: same parent, same variables.
+        watch.monitors.ranks_ended()
+        following = watch.start()
+        assert hung.wait() == -signal.SIGKILL
+        assert following.run("1 + 1") == 2
+        watch.monitors.ranks_ended()
 
 
 # -- ranks that behave oddly ------------------------------------------------------------------------------------------
