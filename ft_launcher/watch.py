@@ -104,7 +104,9 @@ def _waits(
         yield stamps.heartbeat, limits.heartbeat, "no heartbeat"
     for name, since in stamps.open_sections.items():
         yield since, limits.sections.get(name), f"section {name!r} open"
-    if not stamps.open_sections and stamps.idle_since is not None:
+    # A script that sends heartbeats and has never opened a section has no outside of sections.
+    uses_sections = stamps.used_sections or stamps.heartbeat is None
+    if uses_sections and not stamps.open_sections and stamps.idle_since is not None:
         yield stamps.idle_since, limits.out_of_section, "no section open"
 
 

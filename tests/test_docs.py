@@ -19,7 +19,8 @@ import runpy
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ class Reader:
         self._path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self._output = ""
         self._not_run: set[str] = set()
-        self._demo: tuple[Block, Running] | None = None
+        self._beside: list[tuple[Running, Callable[[str], None]]] = []
 
     def do(self, block: Block) -> None:
         match block.mark.split(", "):
@@ -96,15 +97,14 @@ class Reader:
                     kills = [text.count("; killing") for text in (self._output, block.text)]
                     assert kills[0] == kills[1], f"{block.place}: not all that came:\n{self._output}"
             case ["output of the demo"]:
-                self._demo = (block, self._start_demo())
+                self._beside.append((self._start_demo(), partial(self._compare, block)))
             case other:
                 pytest.fail(f"{block.place}: how is this block tested? {', '.join(other) or 'it has no comment'}")
 
     def finish(self) -> None:
-        """Wait for the demo, which has run beside the rest: it takes as long as all of that."""
-        if self._demo is not None:
-            block, running = self._demo
-            self._compare(block, self._end(running, 0))
+        """Wait for the jobs on which nothing else depends: they have run beside the others."""
+        for running, check in self._beside:
+            check(self._end(running, 0))
         assert not self._not_run, f"saved, and never run: {self._not_run}"
 
     def _save(self, word: str, block: Block) -> None:
@@ -116,8 +116,11 @@ class Reader:
         script = self._sandbox.script(block.text, f"block_{block.place.partition(':')[2]}.py")
         flags = ["--max-restarts", "1"] if restarts == ["with 1 restart"] else []
         command = (sys.executable, "-m", "ft_launcher", "--nproc-per-node", ranks, "--log-dir", "logs", *flags, script)
-        output = self._end(self._start(*command), 0)
-        assert output.count("started rank 0") == 1 + len(restarts), f"{block.place}: {output}"
+
+        def check(output: str) -> None:
+            assert output.count("started rank 0") == 1 + len(restarts), f"{block.place}:\n{output}"
+
+        self._beside.append((self._start(*command), check))
 
     def _run(self, block: Block, code: int) -> None:
         self._not_run -= {name for name in self._not_run if name in block.text}

@@ -24,7 +24,7 @@ WRONG = [
     (["--shutdown-timeout", "-5", "train.py"], "--shutdown-timeout -5: must be 0 or more"),
     (
         ["-r", "5", "train.py"],
-        "--redirects 5: must be 0 (none), 1 (stdout), 2 (stderr) or 3 (both),"  # noqa: ISC004 - one message
+        "--redirects 5: must be 0 (none), 1 (stdout), 2 (stderr) or 3 (both),"
         " or a list like 0:1,1:3 by local rank 0 to 9",
     ),
     (["--rdzv-conf", "a=", "train.py"], "--rdzv-conf a=: must be key=value,key=value"),

@@ -1,5 +1,6 @@
 """The wire: every message survives it, and nothing else gets through."""
 
+import contextlib
 import random
 
 import msgspec
@@ -77,10 +78,8 @@ def test_C2_a_rank_cannot_send_what_only_the_launcher_sends():
 @given(st.binary(max_size=200))
 def test_C2_random_bytes_give_a_message_or_the_one_error(packet):
     for kind in KINDS:
-        try:
+        with contextlib.suppress(ProtocolError):
             decode(packet, kind)
-        except ProtocolError:
-            pass
 
 
 def test_C2_half_a_million_mutated_frames_give_a_message_or_the_one_error():

@@ -80,7 +80,8 @@ def test_the_deadline_is_the_minimum_over_all_that_count(stamps, limits, job_con
         if stamps.heartbeat is not None:
             expected.append((stamps.heartbeat, limits.heartbeat))
         expected += [(since, limits.sections.get(name)) for name, since in stamps.open_sections.items()]
-        if stamps.idle_since is not None and not stamps.open_sections:
+        sections = stamps.used_sections or stamps.heartbeat is None
+        if stamps.idle_since is not None and not stamps.open_sections and sections:
             expected.append((stamps.idle_since, limits.out_of_section))
     instants = [since + limit for since, limit in expected if limit is not None]
     found = deadline(stamps, limits, 100.0, job_connected=job_connected)
@@ -118,6 +119,13 @@ def test_time_outside_of_sections_counts_only_while_none_is_open():
     assert due(Stamps(idle_since=110, used_sections=True), limits).at == 116
     with_one_open = Stamps(idle_since=110, used_sections=True, open_sections={"step": 111})
     assert deadline(with_one_open, limits, 100.0, job_connected=True) is None
+
+
+def test_a_script_that_only_sends_heartbeats_has_no_outside_of_sections():
+    limits = Limits(heartbeat=100, out_of_section=6)
+    assert due(Stamps(connected=110, idle_since=110), limits).at == 116
+    assert due(Stamps(connected=110, idle_since=110, heartbeat=111), limits).at == 211
+    assert due(Stamps(connected=110, idle_since=110, heartbeat=111, used_sections=True), limits).at == 116
 
 
 @given(STAMPS, LIMITS, st.lists(st.builds(Lag, ended_at=INSTANTS, seconds=st.floats(0.25, 10)), max_size=3))
