@@ -180,7 +180,8 @@ class FtAgent(LocalElasticAgent):
             case RankUnkillable(pid=pid, state=state):
                 self._decide(Unkillable(pid, state))
             case ControlRequested(action=action, description=description):
-                logger.warning("%s asks: %s%s", who, action.name, f" ({description})" if description else "")
+                # Quoted, so that a rank cannot forge a line of ours.
+                logger.warning("%s asks: %s%s", who, action.name, f" ({description!r})" if description else "")
                 if action is WorkloadAction.ShutdownWorkload:
                     self._decide(ShutDown(description))
                 elif action is WorkloadAction.ExcludeThisNode:

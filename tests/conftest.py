@@ -17,7 +17,7 @@ MARK = "FT_TEST_RUN"
 """In the environment of everything that a test starts, so that nothing of it is missed, however it hides."""
 
 GENEROUS = 60.0
-"""Seconds after which a test gives up waiting for an event: a machine may be slow, an event that never comes is a bug."""
+"""Seconds after which a test gives up waiting for an event: machines are slow, but events come."""
 
 
 def marked_processes(mark: str) -> list[int]:
