@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterable, Mapping
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class FtAgent(LocalElasticAgent):
         self._monitors = monitors
         self._wake_every = CHECK_SECONDS if wake_every is None else min(wake_every, CHECK_SECONDS)
         self._graces = graces
+        # Where a signal comes between two looks at the workers, torch stops them itself.
+        self._shutdown_timeout = ceil(graces.signal)
         self._signals = signals
         self._ranks: dict[int, processes.Process] = {}
         self._hangs: dict[int, RankHung] = {}

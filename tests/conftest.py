@@ -162,14 +162,15 @@ class Sandbox:
         assert self.leftovers() == []
 
     def close(self) -> None:
-        for running in self._running:
-            running.close()
+        # First whatever still holds an output open: closing that would wait for its end.
         for _ in range(3):
             for pid in marked_processes(self.mark):
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     continue
+        for running in self._running:
+            running.close()
         wait_until_gone(marked_processes(self.mark), GENEROUS)
 
 

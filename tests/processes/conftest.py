@@ -165,8 +165,8 @@ class Watch:
             # The monitor is this process's child: the kernel tells its parent.
             os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
 
-    def is_monitor_gone(self, local_rank: int = 0) -> bool:
-        return not processes.wait_gone([self.monitors._monitors[local_rank].pidfd], 0)
+    def is_monitor_gone(self, local_rank: int = 0, within: float = 0.0) -> bool:
+        return not processes.wait_gone([self.monitors._monitors[local_rank].pidfd], within)
 
     def looked(self, local_rank: int = 0) -> float:
         """When the monitor looked last at its rank."""

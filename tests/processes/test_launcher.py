@@ -123,7 +123,25 @@ main(sys.argv[2:])
 """
 """Runs ft_launcher, and lets a signal or an error come at one exact point: when a function is entered or left."""
 
-RESTARTS_ONCE = HEAD + "if restart == 0 and rank == 1: sys.exit(5)\nsay('waits')\nwhile True: signal.pause()\n"
+RESTARTS_ONCE = (
+    HEAD
+    + """
+if rank == 0 and os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        # A daemon that nothing ties to its rank any more.
+        os.execvpe("sleep", ["sleep", "600"], {"PATH": os.environ["PATH"], "FT_TEST_RUN": os.environ["FT_TEST_RUN"]})
+    open(f"daemon.{restart}", "w").close()
+    os._exit(0)
+while not os.path.exists(f"daemon.{restart}"):
+    time.sleep(0.01)
+if restart == 0 and rank == 1:
+    sys.exit(5)
+say("waits")
+while True:
+    signal.pause()
+"""
+)
 SUBPROCESS = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
 
 

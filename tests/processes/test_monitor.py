@@ -6,6 +6,7 @@ import re
 import select
 import shutil
 import signal
+import stat
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,7 @@ from ft_launcher.messages import (
 )
 from ft_launcher.monitors import RESPAWNS, MonitorsFailedError
 from ft_launcher.processes import wait_gone
-from tests.processes.driven_rank import HELLO
+from tests.processes.driven_rank import GENEROUS, HELLO
 
 
 def reason(hung):
@@ -88,6 +89,17 @@ def test_M1_timeouts_that_a_rank_has_set_survive_its_monitor(watch):
     watch.signal_monitor(signal.SIGKILL)
     rank.run("client.send_heartbeat()")
     assert reason(watch.next(RankHung)) == "no heartbeat, 1 s"
+
+
+def test_M1_what_a_monitor_has_acknowledged_is_heard_though_it_died_with_something_unread(watch):
+    watch = watch()
+    rank = watch.start_connected()
+    assert rank.run_without_launcher("ask(1)") is True
+    watch.signal_monitor(signal.SIGSTOP)
+    watch.monitors.job_connected()
+    watch.signal_monitor(signal.SIGKILL)
+    assert watch.is_monitor_gone(within=GENEROUS)
+    assert watch.requests() == {"request 1"}
 
 
 def test_M2_a_stopped_monitor_is_replaced_and_what_it_missed_is_made_up_for(watch):
@@ -174,7 +186,7 @@ with RankMonitorClient() as client:
 def test_M6_a_rank_is_not_blamed_for_a_time_in_which_the_machine_stood_still(watch):
     watch = watch(rank_heartbeat_timeout=2)
     rank = watch.start_connected()
-    rank.run("beat()")
+    rank.run("client.send_heartbeat(); beat()")
     watch.signal_monitor(signal.SIGSTOP)
     rank.process.send(signal.SIGSTOP)
     assert wait_gone([rank.process.pidfd], 2.5), "killed by nobody"
@@ -184,6 +196,8 @@ def test_M6_a_rank_is_not_blamed_for_a_time_in_which_the_machine_stood_still(wat
     watch.until(lambda: watch.looked() > stopped_at, "a look of the monitor")
     rank.process.send(signal.SIGCONT)
     rank.run("client.send_heartbeat()")
+    continued_at = watch.looked()
+    watch.until(lambda: watch.looked() > continued_at, "another look")
     assert watch.all_heard(RankHung) == []
     rank.run("silent.set()")
     watch.next(RankHung)
@@ -335,27 +349,32 @@ def test_C4_a_huge_message_is_refused_unread(watch):
 def test_C5_a_flood_of_messages_hides_no_hang(watch):
     watch = watch(2, rank_heartbeat_timeout=1.5)
     flooding, other = watch.start_connected(0), watch.start_connected(1)
+    monitor = watch.monitor_pid(0)
+    # It never listens to an answer; its children fill its connection and connect by themselves, as fast as they can.
     flooding.run(
         """
 def flood():
     while True:
+        for _ in range(50):
+            peer.say(b"x" * 1000)
         with contextlib.suppress(OSError):
-            peer = connect_raw()
-            peer.say(HELLO)
-            for _ in range(200):
-                peer.say(limits(heartbeat=1.5))
-            peer.close()
+            connect_raw().close()
 
-threading.Thread(target=flood, daemon=True).start()
+peer = connect_raw()
+peer.ask(HELLO)
+for _ in range(2):
+    if os.fork() == 0:
+        flood()
+for _ in range(1000):
+    peer.say(limits(heartbeat=1.5))
 """
     )
-    watch.next(RankConnected, local_rank=0)
-    watch.next(RankConnected, local_rank=0)
     other.run("client.send_heartbeat()")
     assert reason(watch.next(RankHung, local_rank=1)) == "no heartbeat, 1.5 s"
     assert flooding.is_alive()
     flooding.run("client.send_heartbeat()")
     assert watch.next(RankHung, local_rank=0).pid == flooding.pid
+    assert watch.monitor_pid(0) == monitor
     assert flooding.wait() == -signal.SIGKILL
 
 
@@ -398,15 +417,15 @@ def test_C7_a_process_outside_of_the_ranks_tree_is_refused(watch):
 def test_C7_another_user_is_refused_though_it_stands_in_the_ranks_tree(watch):
     watch = watch()
     rank = watch.start()
-    as_nobody = "in_child(lambda: [os.setgid(65534), os.setuid(65534), connect_raw().ask(HELLO)])"
-    assert rank.run(as_nobody).startswith("PermissionError")
-    # The files' permissions are the first guard; the second holds without it.
     path = Path(watch.monitors.socket_path(0))
+    rank.run(f"os.chdir({str(path.parent)!r})")
+    as_nobody = "in_child(lambda: [os.setgid(65534), os.setuid(65534), Peer('m0').ask(HELLO)])"
+    assert rank.run(as_nobody).startswith("PermissionError")
+    # Permissions of both the directory and the socket are the first guards; the last one holds without them.
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (path.parent, path)] == [0o700, 0o600]
+    path.parent.chmod(0o711)
+    assert rank.run(as_nobody).startswith("PermissionError")
     path.chmod(0o666)
-    for folder in path.parents:
-        folder.chmod(folder.stat().st_mode | 0o001)
-        if folder == watch.sandbox.path.parent.parent.parent:
-            break
     assert "Refused(reason='it belongs to another user')" in rank.run(as_nobody)
 
 
@@ -503,8 +522,11 @@ def test_R18_a_rank_that_executes_itself_anew_connects_again(watch, wait_for):
     assert rank.answer() == "ready"
     rank.run("client.init_workload_monitoring()")
     # The new program has the time to start that the old one had, and nothing of the old one's sections.
+    connected_at = watch.monitors.stamps(0).reconnected
+    assert connected_at is not None
     hung = watch.next(RankHung)
-    assert reason(hung) == "no heartbeat or section since its start, 2 s"
+    lasted = hung.killed_at - connected_at
+    assert hung.cause == f"no heartbeat or section since its start for {lasted:.2f} s, timeout 2 s"
     assert "most recent call first" in watch.stacks_path().read_text()
 
 
