@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 SOCKET_ENV = "FT_RANK_MONITOR_IPC_SOCKET"
 
 ANSWER_SECONDS = 10.0
-"""How long a call waits for the monitor: one that is stuck is replaced within 6 s, and this is a little more."""
+"""How long a call waits for the monitor: one that is stuck is replaced within 9 s, and this is a little more."""
 
 STACK_SIGNAL = signal.SIGRTMIN + 9
 """On this signal the rank writes the stacks of its threads. Real-time signals have no other default use."""
