@@ -220,6 +220,9 @@ class FtAgent(LocalElasticAgent):
             if not codes and any(rank.is_gone() for rank in self._ranks.values()):
                 # Functions (--run-path): a process that ended before torch asked it to has failed, and torch knows why.
                 self._stop(signal.SIGTERM, self._graces.stop)
+            if None in codes.values() and not getattr(self, "_uninterruptible_state_timeout", 0):
+                # Torch would look again, and stop the others in its own way for one that has failed since.
+                return RunResult(state=WorkerState.HEALTHY)
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state == WorkerState.SUCCEEDED:
                 # Only what the ranks have left running is still there.
@@ -284,7 +287,7 @@ class FtAgent(LocalElasticAgent):
         context = self._pcontext
         error_file = context.error_files[local_rank] if context is not None else ""
         if not error_file or error_file == os.devnull:
-            return os.devnull
+            return ""
         return str(Path(error_file).absolute().with_name("stacks.txt"))
 
     # -- stopping -------------------------------------------------------------------------------------------------

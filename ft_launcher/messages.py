@@ -199,7 +199,7 @@ class RankHung(Struct, frozen=True, tag="hung"):
     pid: int
     cause: str
     killed_at: float
-    stacks_path: str | None
+    stacks_path: str
 
 
 class RankUnkillable(Struct, frozen=True, tag="unkillable"):

@@ -26,7 +26,7 @@ class Evidence:
         self.stacks_fd = stacks_fd
         self._rank = rank
         self._tree = Tree([rank], markers=[marker])
-        self._path = path
+        self.path = path
         self._speaker: Process | None = None
         self._stack_signal = 0
         self._gathered_for: Deadline | None = None
@@ -78,17 +78,17 @@ class Evidence:
                 return
             size = self._size()
 
-    def save(self, cause: str) -> str | None:
-        """Write the file that the launcher's message names, and give its path; None when it cannot be written."""
+    def save(self, cause: str) -> None:
+        """Write the file that the launcher's message names. A disk that refuses it costs the file, and nothing else."""
+        if not self.path:  # the user asked for no log directory (--log-dir /dev/null)
+            return
         stacks = os.pread(self.stacks_fd, 1 << 20, 0).decode(errors="replace") or "none: the rank did not write any\n"
         text = f"{cause}\n\n--- Python stacks ---\n{stacks}\n--- threads in the kernel ---\n{self._kernel}"
-        try:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)  # noqa: PTH103, PTH120 - pathlib costs 1 MB
-            with open(self._path, "w") as file:  # noqa: PTH123
+        with suppress(OSError):
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)  # noqa: PTH103, PTH120 - pathlib costs 1 MB
+            with open(f"{self.path}.part", "w") as file:  # noqa: PTH123
                 file.write(text)
-        except OSError:
-            return None
-        return self._path
+            os.replace(f"{self.path}.part", self.path)  # noqa: PTH105
 
     def look(self) -> list[Process]:
         """Look for the rank and all that it has started, and give them; they are `members` until the next look."""

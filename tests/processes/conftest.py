@@ -154,6 +154,11 @@ class Watch:
 
     # -- monitors -------------------------------------------------------------------------------------------------
 
+    def stacks(self, local_rank: int = 0) -> str:
+        """Wait for the file of stacks, which the monitor writes after the kill, and give its text."""
+        self.until(self.stacks_path(local_rank).exists, "the file of stacks")
+        return self.stacks_path(local_rank).read_text()
+
     def monitor_pid(self, local_rank: int = 0) -> int:
         return self.monitors._monitors[local_rank].process.pid
 

@@ -63,7 +63,7 @@ def test_C1_a_rank_that_starts_beside_a_stopped_monitor_goes_on_and_is_watched_l
     hung = watch.next(RankHung)
     lasted = hung.killed_at - opened_at
     assert hung.cause == f"section 'step' open for {lasted:.{1 if lasted >= 10 else 2}f} s, timeout 0.1 s"
-    assert "most recent call first" in watch.stacks_path().read_text()
+    assert "most recent call first" in watch.stacks()
 
 
 # -- forked and spawned children, threads, signals --------------------------------------------------------------------

@@ -141,8 +141,9 @@ sys.exit(7)
             "exited with code 7",
         ]
     ):
-        said = next(line for line in job.lines if line.startswith("ft_launcher: rank 1 (pid") and what in line)
-        before = job.lines[: job.lines.index(said)]
+        said = [line for line in job.lines if line.startswith("ft_launcher: rank 1 (pid") and what in line]
+        assert said, job.output
+        before = job.lines[: job.lines.index(said[0])]
         assert sum("rank 1 restart" in line for line in before) == restart + 1, job.output
     assert job.output.count("started rank 0 (pid") == 5
     root_cause = job.output.partition("Root Cause")[2]

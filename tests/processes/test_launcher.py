@@ -102,6 +102,7 @@ while True:
 
 DRIVER = """
 import os, signal, sys
+import psutil
 from ft_launcher.launcher import main
 
 module, function, turn, event, deed = sys.argv[1].split(":")
@@ -116,12 +117,17 @@ def at(frame, what, argument):
             os.write(2, f"{deed} in {function}\\n".encode())
             if deed == "fail":
                 raise MemoryError(f"in {function}")
+            if deed == "lose":
+                rank = next(child for child in psutil.Process().children() if sys.argv[-1] in child.cmdline())
+                rank.kill()
+                os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)
+                return
             os.kill(os.getpid(), signal.Signals[deed])
 
 sys.setprofile(at)
 main(sys.argv[2:])
 """
-"""Runs ft_launcher, and lets a signal or an error come at one exact point: when a function is entered or left."""
+"""Runs ft_launcher, and lets a signal, an error or a rank's death come exactly when a function is entered or left."""
 
 RESTARTS_ONCE = (
     HEAD
@@ -196,6 +202,17 @@ def test_L13_an_error_of_the_launcher_itself_leaves_nothing_running(sandbox, poi
     job = sandbox.start(sys.executable, driver, f"{point}:fail", *flags, sandbox.script(RESTARTS_ONCE))
     assert job.wait() == 1, job.output
     assert f"MemoryError: in {point.split(':')[1]}" in job.output
+    sandbox.assert_clean()
+
+
+def test_R2_a_rank_that_dies_between_two_looks_is_stopped_and_told_like_any_other(sandbox):
+    driver = sandbox.script(DRIVER, "driver.py")
+    script = sandbox.script(HEAD + "if restart == 0: signal.pause()")
+    flags = ["--nproc-per-node", "2", "--max-restarts", "1"]
+    job = sandbox.start(sys.executable, driver, "ft_launcher.agent:_hear:1:call:lose", *flags, script)
+    assert job.wait() == 0, job.output
+    assert "lose in _hear" in job.output
+    assert [line for line in job.lines if line.startswith("ft_launcher: rank") and "(SIGKILL)" in line], job.output
     sandbox.assert_clean()
 
 

@@ -37,7 +37,7 @@ KINDS = [FromRank, ToRank, FromLauncher, FromMonitor]
         (LimitsSet(initial=1.5, heartbeat=None, sections={"step": 2.0, "other": None}, out_of_section=3.0), FromRank),
         (ControlRequested(7, WorkloadAction.ExcludeThisNode, "ECC error"), FromRank),
         (RankStarted(42, 99, 1.5, "stacks.txt", None, Limits(heartbeat=2.0)), FromLauncher),
-        (RankHung(42, "no heartbeat", 1.5, None), FromMonitor),
+        (RankHung(42, "no heartbeat", 1.5, "stacks.txt"), FromMonitor),
     ],
 )
 def test_a_message_is_the_same_behind_the_wire(message, kind):
