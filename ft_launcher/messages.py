@@ -4,8 +4,9 @@ One message is one packet of a SOCK_SEQPACKET socket, so there is no framing and
 unknown kinds, unknown fields and wrong types, and says where.
 """
 
+from collections.abc import Callable
 from enum import Enum
-from typing import Annotated, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
@@ -39,7 +40,10 @@ __all__ = [
     "Welcome",
     "WorkloadAction",
     "WorkloadControlRequest",
-    "decode",
+    "decode_from_launcher",
+    "decode_from_monitor",
+    "decode_from_rank",
+    "decode_to_rank",
     "encode",
 ]
 
@@ -214,15 +218,24 @@ ToRank = Welcome | RequestAcknowledged | Refused
 FromLauncher = MonitorSettings | RankStarted | RankEnded | JobConnected
 FromMonitor = Ready | SpeakerChanged | LimitsChanged | RankConnected | RankHung | RankUnkillable | ControlRequested
 
-Message = TypeVar("Message")
-
 encode = msgspec.msgpack.Encoder().encode
 
 
-def decode(packet: bytes, kind: "type[Message]") -> Message:
-    """Give the message in `packet`, one of the union `kind`; ProtocolError, with what was wrong, for anything else."""
-    try:
-        return msgspec.msgpack.decode(packet, type=kind)
-    # msgspec lets UnicodeDecodeError (a ValueError) through for bytes that are not UTF-8.
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ProtocolError(str(error)) from None
+def _decoder(kind: Any) -> Callable[[bytes], Any]:
+    """Give the function that reads a packet as one of the union `kind`, and raises ProtocolError for all else."""
+    read = msgspec.msgpack.Decoder(kind).decode
+
+    def decode(packet: bytes) -> Any:
+        try:
+            return read(packet)
+        # msgspec lets UnicodeDecodeError (a ValueError) through for bytes that are not UTF-8.
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise ProtocolError(str(error)) from None
+
+    return decode
+
+
+decode_from_rank: Callable[[bytes], FromRank] = _decoder(FromRank)
+decode_to_rank: Callable[[bytes], ToRank] = _decoder(ToRank)
+decode_from_launcher: Callable[[bytes], FromLauncher] = _decoder(FromLauncher)
+decode_from_monitor: Callable[[bytes], FromMonitor] = _decoder(FromMonitor)

@@ -30,7 +30,7 @@ from ft_launcher.messages import (
     RankStarted,
     Speaker,
     SpeakerChanged,
-    decode,
+    decode_from_monitor,
     encode,
 )
 from ft_launcher.page import StampPage, create_page
@@ -276,7 +276,7 @@ class RankMonitors:
                 packet = monitor.socket.recv(MAX_MESSAGE_BYTES, socket.MSG_DONTWAIT)
                 if not packet:
                     return messages
-                message: FromMonitor = decode(packet, FromMonitor)  # type: ignore[arg-type]  # a union is a type
+                message = decode_from_monitor(packet)
             except ConnectionResetError:
                 continue  # it died with messages of ours unread; its own come after this
             except (OSError, ProtocolError):

@@ -24,7 +24,7 @@ from ft_launcher.messages import (
     RequestAcknowledged,
     ToRank,
     Welcome,
-    decode,
+    decode_to_rank,
     encode,
 )
 
@@ -146,7 +146,7 @@ class RankLink:
         if not packet:
             raise EOFError("the monitor closed the connection")
         try:
-            return decode(packet, ToRank), descriptors  # type: ignore[arg-type]  # a union is a type to msgspec
+            return decode_to_rank(packet), descriptors
         except ProtocolError as error:
             raise OSError(f"not a message: {error}") from error
 

@@ -20,9 +20,7 @@ from ft_launcher.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL,
     ControlRequested,
-    FromLauncher,
     FromMonitor,
-    FromRank,
     Hello,
     JobConnected,
     LimitsChanged,
@@ -41,7 +39,8 @@ from ft_launcher.messages import (
     SpeakerChanged,
     ToRank,
     Welcome,
-    decode,
+    decode_from_launcher,
+    decode_from_rank,
     encode,
 )
 from ft_launcher.page import Slot, StampPage
@@ -211,7 +210,7 @@ class RankMonitor:
         if not packet:
             self._launcher_is_there = False
             return
-        message: FromLauncher = decode(packet, FromLauncher)  # type: ignore[arg-type]  # a union is a type to msgspec
+        message = decode_from_launcher(packet)
         match message:
             case MonitorSettings():
                 self._settings = message
@@ -308,7 +307,7 @@ class RankMonitor:
             # A forked child with its parent's socket: it may not speak for it, and its parent is not to blame.
             return
         try:
-            message: FromRank = decode(packet, FromRank)  # type: ignore[arg-type]  # a union is a type to msgspec
+            message = decode_from_rank(packet)
         except ProtocolError as error:
             self._refuse(connection, str(error))
             return

@@ -30,7 +30,7 @@ from ft_launcher.messages import (
     ToRank,
     WorkloadAction,
     WorkloadControlRequest,
-    decode,
+    decode_to_rank,
     encode,
 )
 from ft_launcher.rank_monitor_client import SOCKET_ENV, STACK_SIGNAL, RankMonitorClient
@@ -72,7 +72,7 @@ class Peer:
             return None
         for descriptor in descriptors:
             os.close(descriptor)
-        return decode(packet, ToRank) if packet else None  # type: ignore[arg-type]  # a union
+        return decode_to_rank(packet) if packet else None
 
     def ask(self, packet: bytes) -> Any:
         """Send a packet and give the answer."""

@@ -494,7 +494,6 @@ GO_ON = "while True: time.sleep(1)"
     [
         ("ShutdownWorkload", "torchrun", 1, "a rank asked to shut the job down: the loss is not a number"),
         ("ShutdownWorkload", "classified", 93, "a rank asked to shut the job down: the loss is not a number"),
-        ("ExcludeThisNode", "torchrun", 1, "a rank asked to exclude this node: the loss is not a number"),
         ("ExcludeThisNode", "classified", 75, "a rank asked to exclude this node: the loss is not a number"),
     ],
 )
