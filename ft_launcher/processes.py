@@ -196,13 +196,9 @@ def kill_tree(
     leaders = {root.pid for root in roots}
     with contextlib.closing(Tree(roots, markers=markers, exclude=exclude)) as tree:
         try:
-            # The roots first: finding the others takes milliseconds, which a rank in a collective spends waiting.
-            for root in roots:
-                root.stop(signum)
             asked = [member for member in tree.look() if {member.pid, member.group} & leaders]
             for member in asked:
-                if member.pid not in leaders:
-                    member.stop(signum)
+                member.stop(signum)
             wait_gone((member.pidfd for member in asked), grace)
         finally:
             try:
