@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-import psutil
 
 import ft_launcher
 from ft_launcher import processes
@@ -323,5 +322,5 @@ class RankMonitors:
 
 
 def _import_path() -> str:
-    modules = (ft_launcher, msgspec, psutil)
+    modules = (ft_launcher, msgspec)
     return "\n".join(dict.fromkeys(str(Path(module.__file__ or "").parent.parent) for module in modules))
