@@ -220,13 +220,13 @@ if rank == 1:
     while os.fstat(counter).st_size < 200:
         time.sleep(0.01)
     sys.exit(3)
-for chain in range(20):
+for chain in range(8):
     if os.fork() == 0:
         if chain % 2:
             os.setsid()
         while os.fstat(counter).st_size < 10000:
             os.write(counter, b".")
-            time.sleep(0.02)
+            time.sleep(0.05)
             if os.fork():
                 os._exit(0)
         time.sleep(600)
