@@ -220,11 +220,11 @@ if rank == 1:
     while os.fstat(counter).st_size < 200:
         time.sleep(0.01)
     sys.exit(3)
-for chain in range(8):
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for _ in range(8):
     if os.fork() == 0:
-        if chain % 2:
-            os.setsid()
         while os.fstat(counter).st_size < 10000:
+            os.setsid()
             os.write(counter, b".")
             time.sleep(0.05)
             if os.fork():
@@ -233,7 +233,7 @@ for chain in range(8):
 signal.pause()
 """
     )
-    job = sandbox.launch("--nproc-per-node", "2", script)
+    job = sandbox.launch("--nproc-per-node", "2", "--shutdown-timeout", "0", script)
     assert job.wait() == 1, job.output
     job.wait_for("exited with code 3")
     assert marked_processes(sandbox.mark) == []
