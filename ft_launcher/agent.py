@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from math import ceil
@@ -17,7 +18,7 @@ from typing import Any
 
 from msgspec import Struct
 from torch.distributed.elastic import events
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.events.api import Event, EventMetadataValue, EventSource
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
@@ -27,6 +28,7 @@ from ft_launcher import processes, procfs
 from ft_launcher.causes import (
     Cause,
     Excluded,
+    Exited,
     Hung,
     MonitorsFailed,
     OutOfMemory,
@@ -37,6 +39,7 @@ from ft_launcher.causes import (
     sentence,
     worst,
 )
+from ft_launcher.job_rendezvous import JobRendezvous
 from ft_launcher.messages import (
     ControlRequested,
     FromMonitor,
@@ -46,13 +49,23 @@ from ft_launcher.messages import (
     WorkloadAction,
 )
 from ft_launcher.monitors import CHECK_SECONDS, MonitorsFailedError, RankMonitors
+from ft_launcher.policy import NodeState
 from ft_launcher.rank_monitor_client import SOCKET_ENV
+from ft_launcher.records import End, Leave, Stop
 from ft_launcher.signals import StopSignals
+
+if sys.version_info >= (3, 11):
+    from typing import assert_never
+else:
+    from typing_extensions import assert_never
 
 __all__ = ["FtAgent", "Graces"]
 
 logger = logging.getLogger(__name__)
 
+
+FENCE_SECONDS = 0.5
+"""The grace for the workers of a node that lost its host: less than what the others wait (meeting.py, settle)."""
 
 LEFTOVER_SECONDS = 1.0
 """The grace for what ranks leave running when all of them have succeeded: nobody waits for it any more."""
@@ -63,6 +76,14 @@ class Graces(Struct, frozen=True):
 
     stop: float
     signal: float
+
+
+class _Settled(Struct):
+    """The workers of this node have ended, one way or the other; what follows is the leader's to say."""
+
+    state: NodeState
+    result: RunResult
+    at: float
 
 
 class FtAgent(LocalElasticAgent):
@@ -76,12 +97,18 @@ class FtAgent(LocalElasticAgent):
         signals: StopSignals,
         graces: Graces,
         *,
+        rendezvous: JobRendezvous,
         wake_every: float | None,
+        exit_barrier_timeout: float,
         **torch_arguments: Any,
     ) -> None:
         """`wake_every`: seconds between looks at what gives no event (None: 2). The rest is for torch's agent."""
-        super().__init__(spec=spec, logs_specs=logs_specs, **torch_arguments)
+        super().__init__(spec=spec, logs_specs=logs_specs, exit_barrier_timeout=exit_barrier_timeout, **torch_arguments)
+        self._job = rendezvous
+        self._exit_barrier_seconds = exit_barrier_timeout
+        self._settled: _Settled | None = None
         self.cause: Cause | None = None
+        self.origin = ""  # where else it came from
         self.causes: dict[int, Cause] = {}
         self.any_connected = False
         self.exit_codes: dict[int, int] = {}
@@ -93,7 +120,6 @@ class FtAgent(LocalElasticAgent):
         self._signals = signals
         self._ranks: dict[int, processes.Process] = {}
         self._hangs: dict[int, RankHung] = {}
-        self._decision: Cause | None = None
         self._abandoned: set[int] = set()
         self._oom_kills = 0
         self._host = socket.gethostname()
@@ -105,14 +131,40 @@ class FtAgent(LocalElasticAgent):
         # local rank, which LOCAL_RANK is not under --virtual-local-rank.
         super()._setup_local_watchdog(envs)
         self._monitors.restore_sockets()
+        of_job = self._job.worker_environment()
         for local_rank, env in envs.items():
             env[SOCKET_ENV] = self._monitors.socket_path(local_rank)
+            env |= of_job
+
+    def _assign_worker_ranks(
+        self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        assigned = self._job.assigned
+        if assigned is None or not self._job.numbers_ranks:
+            workers: list[Worker] = super()._assign_worker_ranks(store, group_rank, group_world_size, spec)
+            return workers
+        return [
+            Worker(
+                local_rank=local_rank,
+                global_rank=assigned.rank + local_rank,
+                role_rank=assigned.role_rank + local_rank,
+                world_size=assigned.world_size,
+                role_world_size=assigned.role_world_size,
+            )
+            for local_rank in range(spec.local_world_size)
+        ]
+
+    def _exit_barrier(self) -> None:
+        # Where the nodes have a leader, it has said that all are done, or this node has waited long enough.
+        if not self._job.numbers_ranks:
+            super()._exit_barrier()  # type: ignore[no-untyped-call]  # torch does not annotate it
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         started_at = time.monotonic()
         self._oom_kills = procfs.oom_kill_count() or 0
         self._hangs.clear()
         self.causes = {}
+        self._settled = None
         pids: dict[int, int] = super()._start_workers(worker_group)
         # Torch's context has put its own handlers in place.
         self._signals.install()
@@ -138,17 +190,21 @@ class FtAgent(LocalElasticAgent):
             raise
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
-        self._stop(signal.SIGTERM, self._graces.stop)
+        directive = self._job.directive()
+        is_cut_off = isinstance(directive, Stop) and directive.reason.kind == "host_lost"
+        # The others may start anew without this node, and must find none of its workers at work.
+        self._stop(signal.SIGTERM, min(self._graces.stop, FENCE_SECONDS) if is_cut_off else self._graces.stop)
         super()._stop_workers(worker_group, *args, **kwargs)
 
     # -- waiting and judging --------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
         running = [rank.pidfd for rank in self._ranks.values() if not rank.is_gone()]
-        if not running or self._failed(self._exit_codes()):
+        if self._settled is None and (not running or self._failed(self._exit_codes())):
             return
         poll = select.poll()
-        for fd in (*running, *self._monitors.filenos()):
+        of_job = self._job.fileno
+        for fd in (*running, *self._monitors.filenos(), *([] if of_job is None else [of_job])):
             poll.register(fd, select.POLLIN)
         poll.poll(self._wake_every * 1000)
 
@@ -167,7 +223,7 @@ class FtAgent(LocalElasticAgent):
             for local_rank, message in self._monitors.hear():
                 self._heed(worker_group, local_rank, message)
         except MonitorsFailedError as error:
-            self._decide(MonitorsFailed(str(error)))
+            self._job.request(MonitorsFailed(str(error)))
 
     def _heed(self, worker_group: WorkerGroup, local_rank: int, message: FromMonitor) -> None:
         who = self._who(worker_group, local_rank)
@@ -181,14 +237,14 @@ class FtAgent(LocalElasticAgent):
                 logger.error("%s: %s; killing%s", who, message.cause, where)
                 self._record_hang(worker_group, local_rank, message)
             case RankUnkillable(pid=pid, state=state):
-                self._decide(Unkillable(pid, state))
+                self._job.request(Unkillable(pid, state))
             case ControlRequested(action=action, description=description):
                 # Quoted, so that a rank cannot forge a line of ours.
                 logger.warning("%s asks: %s%s", who, action.name, f" ({description!r})" if description else "")
                 if action is WorkloadAction.ShutdownWorkload:
-                    self._decide(ShutDown(description))
+                    self._job.request(ShutDown(description))
                 elif action is WorkloadAction.ExcludeThisNode:
-                    self._decide(Excluded(description))
+                    self._job.request(Excluded(description))
             case _:
                 pass
 
@@ -207,36 +263,91 @@ class FtAgent(LocalElasticAgent):
         event = Event(name="ft_launcher.rank_hung", source=EventSource.AGENT, metadata=metadata)
         events.record(event, getattr(spec, "event_log_handler", "null"))
 
-    def _decide(self, cause: Cause) -> None:
-        """The job ends for `cause`, which counts only if nothing was decided before."""
-        if self._decision is None:
-            self._decision = cause
-            # Torch's own way to end a run without a restart (its check for processes in uninterruptible sleep).
-            self._remaining_restarts = 0
-
     def _judge(self, worker_group: WorkerGroup, codes: Mapping[int, int | None]) -> RunResult:
-        failed = self._failed(codes)
-        if self._decision is None and not failed:
-            if not codes and any(rank.is_gone() for rank in self._ranks.values()):
-                # Functions (--run-path): a process that ended before torch asked it to has failed, and torch knows why.
-                self._stop(signal.SIGTERM, self._graces.stop)
-            if None in codes.values() and not getattr(self, "_uninterruptible_state_timeout", 0):
-                # Torch would look again, and stop the others in its own way for one that has failed since.
+        if self._settled is None and self._job.directive() is None:
+            self._settle(worker_group, codes)
+        match self._job.directive():
+            case None:
+                settled = self._settled
+                waited = 0.0 if settled is None else time.monotonic() - settled.at
+                if settled is not None and settled.state is NodeState.SUCCEEDED and waited > self._exit_barrier_seconds:
+                    logger.warning("the other nodes have not finished within %g s; leaving", self._exit_barrier_seconds)
+                    return settled.result
                 return RunResult(state=WorkerState.HEALTHY)
-            result: RunResult = super()._monitor_workers(worker_group)
-            if result.state == WorkerState.SUCCEEDED:
-                # Only what the ranks have left running is still there.
-                self._stop(signal.SIGTERM, min(self._graces.stop, LEFTOVER_SECONDS))
-            return result
-        failures = self._failures(worker_group, failed)
+            case Stop():
+                if self._settled is not None and self._settled.state is NodeState.FAILED and self._remaining_restarts:
+                    return self._settled.result  # torch counts it, and restarts
+                return RunResult(state=WorkerState.HEALTHY)  # torch asks how many nodes wait, and restarts
+            case End(cause=None):
+                return self._succeed(worker_group)
+            case Leave(cause):
+                return self._end(worker_group, codes, cause, "")
+            case End(cause, origin):
+                return self._end(worker_group, codes, cause, origin)
+            case unreachable:
+                assert_never(unreachable)
+
+    def _settle(self, worker_group: WorkerGroup, codes: Mapping[int, int | None]) -> None:
+        """Find out whether the workers have ended, or must, and tell the leader."""
+        failed = self._failed(codes)
+        if failed:
+            failures = self._failures(worker_group, failed)
+            cause = worst(self.causes[local_rank] for local_rank in failed)
+            first = next(each for each in failed if self.causes[each] is cause)
+            self._job.report(NodeState.FAILED, cause, worker_group.workers[first].global_rank)
+            self.cause = cause
+            failures |= self._stop_the_rest(worker_group, failed)
+            self._settled = _Settled(NodeState.FAILED, RunResult(WorkerState.FAILED, {}, failures), time.monotonic())
+            return
+        if not codes and any(rank.is_gone() for rank in self._ranks.values()):
+            # Functions (--run-path): a process that ended before torch asked it to has failed, and torch knows why.
+            self._stop(signal.SIGTERM, self._graces.stop)
+        if None in codes.values() and not getattr(self, "_uninterruptible_state_timeout", 0):
+            # Torch would look again, and stop the others in its own way for one that has failed since.
+            return
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.SUCCEEDED:
+            # Only what the ranks have left running is still there.
+            self._stop(signal.SIGTERM, min(self._graces.stop, LEFTOVER_SECONDS))
+            self._settled = _Settled(NodeState.SUCCEEDED, result, time.monotonic())
+            self._job.report(NodeState.SUCCEEDED)
+        elif result.state != WorkerState.HEALTHY:
+            failed_result = RunResult(WorkerState.FAILED, {}, result.failures)
+            self._settled = _Settled(NodeState.FAILED, failed_result, time.monotonic())
+            rank, failure = next(iter(result.failures.items()), (None, None))
+            self.cause = from_returncode(failure.exitcode) if failure is not None else Exited(1)
+            self._job.report(NodeState.FAILED, self.cause, rank)
+
+    def _stop_the_rest(self, worker_group: WorkerGroup, failed: list[int]) -> dict[int, ProcessFailure]:
         self._stop(signal.SIGTERM, self._graces.stop)
         self._hear(worker_group)
         stopped = [local_rank for local_rank in self._failed(self._exit_codes()) if local_rank not in failed]
-        others = self._failures(worker_group, stopped, by_us=True)
-        self.cause = self._decision or worst(self.causes[local_rank] for local_rank in failed)
-        if self._decision is not None:
-            logger.error("ending the job: %s", sentence(self._decision))
-        return RunResult(state=WorkerState.FAILED, failures=failures | others)
+        return self._failures(worker_group, stopped, by_us=True)
+
+    def _succeed(self, worker_group: WorkerGroup) -> RunResult:
+        """The job has succeeded, whatever became of this node's part in it (min-healthy)."""
+        self.cause = None
+        settled = self._settled
+        if settled is not None and settled.state is NodeState.SUCCEEDED:
+            return settled.result
+        self._stop(signal.SIGTERM, self._graces.stop)
+        return RunResult(WorkerState.SUCCEEDED, {each.global_rank: None for each in worker_group.workers})
+
+    def _end(
+        self, worker_group: WorkerGroup, codes: Mapping[int, int | None], cause: Cause | None, origin: str
+    ) -> RunResult:
+        self._remaining_restarts = 0
+        if self._settled is not None:
+            failures = self._settled.result.failures
+        else:
+            failed = self._failed(codes)
+            failures = self._failures(worker_group, failed)
+            failures |= self._stop_the_rest(worker_group, failed)
+        is_ours = self._settled is not None and cause == self.cause
+        self.cause, self.origin = cause, "" if is_ours else origin
+        if cause is not None and not is_ours:
+            logger.error("ending the job: %s%s", f"{origin}: " if origin else "", sentence(cause))
+        return RunResult(WorkerState.FAILED, {}, failures)
 
     # -- saying why -----------------------------------------------------------------------------------------------
 
@@ -311,7 +422,7 @@ class FtAgent(LocalElasticAgent):
         for rank in ranks.values():
             rank.close()
         for survivor in survivors:
-            self._decide(Unkillable(survivor.pid, survivor.state, survivor.name))
+            self._job.request(Unkillable(survivor.pid, survivor.state, survivor.name))
             self._abandon(survivor.pid)
 
     def _abandon(self, pid: int) -> None:
@@ -340,6 +451,14 @@ class FtAgent(LocalElasticAgent):
             keep |= {survivor.pid for survivor in survivors}
             processes.reap(adopted)
         return survivors
+
+    def note_end(self) -> None:
+        """Take over why the job ended from the rendezvous, where it ended without asking the agent."""
+        directive = self._job.directive()
+        if isinstance(directive, Leave):
+            self.cause = directive.cause
+        elif isinstance(directive, End):
+            self.cause, self.origin = directive.cause, directive.origin
 
     def clean_up(self) -> None:
         """Leave nothing behind, whatever ended the run. The launcher's signals must be ignored by now."""

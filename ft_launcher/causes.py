@@ -12,66 +12,84 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import assert_never
 
-__all__ = ["Cause", "Excluded", "ExitCodes", "Exited", "Hung", "LauncherSignalled", "MonitorsFailed", "NotMonitored",
-           "OutOfMemory", "ShutDown", "Signalled", "Stopped", "Unkillable", "exit_code",
-           "from_returncode", "sentence", "signal_name", "worst"]  # fmt: skip
+__all__ = ["Cause", "Excluded", "ExitCodes", "Exited", "HostLost", "Hung", "LauncherSignalled", "MonitorsFailed",
+           "NodeLost", "NotMonitored", "OutOfMemory", "Refused", "ShutDown", "Signalled", "Stopped", "TooFewNodes",
+           "Unkillable", "exit_code", "from_returncode", "sentence", "signal_name", "worst"]  # fmt: skip
 
 
-class Exited(Struct, frozen=True):
+class Exited(Struct, frozen=True, tag=True):
     code: int  # with which the rank ended itself
 
 
-class Signalled(Struct, frozen=True):
+class Signalled(Struct, frozen=True, tag=True):
     signum: int  # that ended the rank
     by: Literal["us", "unknown"] = "unknown"
     oom_counted: bool = True  # the kernel's count of OOM kills could be read, and had not risen
 
 
-class Hung(Struct, frozen=True):
+class Hung(Struct, frozen=True, tag=True):
     what: str  # the limit that passed: "section 'step' open for 12.3 s, timeout 12 s"
 
 
-class OutOfMemory(Struct, frozen=True):
+class OutOfMemory(Struct, frozen=True, tag=True):
     limit_bytes: int | None = None  # of the rank's memory cgroup; None: all of the machine
 
 
-class Stopped(Struct, frozen=True):
+class Stopped(Struct, frozen=True, tag=True):
     """We stopped the rank because another one failed."""
 
 
-class Excluded(Struct, frozen=True):
+class Excluded(Struct, frozen=True, tag=True):
     description: str | None = None  # why the rank asked to take its node out of the job
 
 
-class ShutDown(Struct, frozen=True):
+class ShutDown(Struct, frozen=True, tag=True):
     description: str | None = None  # why the rank asked to end the job
 
 
-class LauncherSignalled(Struct, frozen=True):
+class LauncherSignalled(Struct, frozen=True, tag=True):
     signum: int  # that someone sent to the launcher
 
 
-class MonitorsFailed(Struct, frozen=True):
+class MonitorsFailed(Struct, frozen=True, tag=True):
     description: str  # how often and how fast monitors died
 
 
-class NotMonitored(Struct, frozen=True):
+class NotMonitored(Struct, frozen=True, tag=True):
     """No rank connected to its monitor, although monitoring was required."""
 
 
-class Unkillable(Struct, frozen=True):
+class Unkillable(Struct, frozen=True, tag=True):
     pid: int  # that SIGKILL did not end; what holds it would hold a new rank too
     state: str  # as /proc writes it: "D"
     name: str = ""
 
 
+class NodeLost(Struct, frozen=True, tag=True):
+    name: str  # of the node
+    how: str  # "its launcher died"
+
+
+class HostLost(Struct, frozen=True, tag=True):
+    description: str  # which host, and what to do about it
+
+
+class TooFewNodes(Struct, frozen=True, tag=True):
+    description: str  # who is there, and how many are needed
+
+
+class Refused(Struct, frozen=True, tag=True):
+    description: str  # what two nodes were told differently, and what to change
+
+
 Cause: TypeAlias = (
     Exited | Signalled | Hung | OutOfMemory | Stopped | Excluded | ShutDown | LauncherSignalled | MonitorsFailed
-    | NotMonitored | Unkillable
+    | NotMonitored | Unkillable | NodeLost | HostLost | TooFewNodes | Refused
 )  # fmt: skip
 ExitCodes: TypeAlias = Literal["torchrun", "classified"]
 
 _FAILED = 1
+_USAGE = 2
 _REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the job may well succeed elsewhere or later
 _DO_NOT_RESTART = 93  # what newer nvidia-resiliency-ext launchers end with when requeueing would be pointless
 
@@ -126,6 +144,10 @@ def _words(cause: Cause) -> str:
         case Unkillable(pid, state, name):
             meaning = " (uninterruptible: the kernel, usually a driver, holds it)" if state == "D" else ""
             return f"process {pid}{name and f' ({name})'} does not die of SIGKILL: state {state}{meaning}"
+        case NodeLost(name, how):
+            return f"node {name} was lost: {how}"
+        case HostLost(description) | TooFewNodes(description) | Refused(description):
+            return description
         case unreachable:
             assert_never(unreachable)
 
@@ -137,11 +159,13 @@ def exit_code(cause: Cause, style: ExitCodes = "torchrun") -> int:
             return 0
         case LauncherSignalled(signum):
             return 128 + signum
-        case Excluded() | MonitorsFailed() | Unkillable():
+        case Refused():
+            return _USAGE
+        case Excluded() | MonitorsFailed() | Unkillable() | HostLost() | TooFewNodes():
             return _REQUEUE if style == "classified" else _FAILED
         case ShutDown():
             return _DO_NOT_RESTART if style == "classified" else _FAILED
-        case Exited() | Signalled() | Hung() | OutOfMemory() | Stopped() | NotMonitored():
+        case Exited() | Signalled() | Hung() | OutOfMemory() | Stopped() | NotMonitored() | NodeLost():
             return _FAILED
         case unreachable:
             assert_never(unreachable)
@@ -154,7 +178,10 @@ def worst(causes: Iterable[Cause]) -> Cause | None:
 
 def _order(cause: Cause) -> int:
     match cause:
-        case LauncherSignalled() | Excluded() | ShutDown() | MonitorsFailed() | NotMonitored() | Unkillable():
+        case (
+            LauncherSignalled() | Excluded() | ShutDown() | MonitorsFailed() | NotMonitored() | Unkillable()
+            | NodeLost() | HostLost() | TooFewNodes() | Refused()
+        ):  # fmt: skip
             return 0  # these end the node; whatever its ranks did besides does not matter
         case Hung() | OutOfMemory():
             return 1  # the peers of such a rank fail within milliseconds, and may be seen first

@@ -110,8 +110,8 @@ class FaultToleranceConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_o
     safety_factor: Annotated[Number, "A calculated timeout is the longest interval seen times this."] = 5.0
     restart_policy: Annotated[
         Annotated[RestartPolicy, one_of(RestartPolicy)],
-        "any-failed: one failed node restarts all. min-healthy: the others run on if they are enough; with"
-        " several nodes not there yet.",
+        "any-failed: one failed node restarts all. min-healthy: the others run on while as many as the minimum of"
+        " --nnodes run or have succeeded.",
     ] = "any-failed"
     require_monitoring: Annotated[Switch, "Make it an error when no rank ever connects."] = False
     exit_codes: Annotated[
@@ -124,7 +124,8 @@ class FaultToleranceConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ] = 5.0
     use_infra_group_rank: Annotated[
         Bool,
-        "Number the nodes as the infrastructure does (SLURM_PROCID, GROUP_RANK), where it says so. Not there yet.",
+        "Number the nodes as the infrastructure does (SLURM_PROCID, else GROUP_RANK). Without such a variable, or"
+        " with false: nodes keep their ranks, and newcomers fill the gaps in the order of their names.",
     ] = True
     restart_check_interval: Annotated[
         Interval,
@@ -187,6 +188,12 @@ class ConfigOptions(Struct, frozen=True, kw_only=True):
     ignore_missing_cfg: Annotated[Switch, "Go on when there is no file at --ft-cfg-path."] = False
     lenient_config: Annotated[Switch, "Ignore unknown keys of the file, with a warning."] = False
     dry_run: Annotated[Switch, "Print every setting and where it came from; start nothing."] = False
+    token_file: Annotated[
+        FilePath,
+        "With several nodes: a file, yours alone (mode 0600), with the secret that seals what they tell each other;"
+        " instead of it, the variable FT_TOKEN.",
+    ] = None
+    require_auth: Annotated[Switch, "Make it an error when several nodes have no secret."] = False
     rdzv_impl: Annotated[
         Annotated[RdzvImpl | None, or_null(one_of(RdzvImpl))],
         "For command lines of nvidia-resiliency-ext, without effect.",

@@ -20,7 +20,6 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousConnectionError,
-    RendezvousHandler,
     RendezvousParameters,
 )
 from torch.distributed.launcher.api import LaunchConfig
@@ -31,9 +30,10 @@ from ft_launcher.causes import LauncherSignalled, NotMonitored, exit_code, sente
 from ft_launcher.config import FaultToleranceConfig
 from ft_launcher.console import say
 from ft_launcher.errors import UsageError
+from ft_launcher.job_rendezvous import JobRendezvous
 from ft_launcher.leftovers import prune_empty
 from ft_launcher.monitors import RankMonitors
-from ft_launcher.rendezvous import open_rendezvous
+from ft_launcher.rendezvous import JobTerms, open_rendezvous
 from ft_launcher.signals import StopSignals
 
 __all__ = ["JobFailedError", "JobOptions", "launch"]
@@ -59,6 +59,12 @@ class JobOptions(Struct, frozen=True, kw_only=True):
     """Removed at the end, unless it holds something to read."""
     expect_monitoring: bool = False
     """Say so if no rank connected to its monitor."""
+    node_rank: int = 0
+    """With the static rendezvous: the number of this node."""
+    token: bytes | None = None
+    """With which nodes seal what they tell each other."""
+    placement_path: str = ""
+    """The file for the placement of each round, on the host; "": none."""
 
 
 class JobFailedError(ChildFailedError):
@@ -86,21 +92,23 @@ def launch(
         signals = StopSignals(getattr(config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
         _allow_descriptors(config.nproc_per_node)
         processes.become_subreaper()
-        rendezvous = _open_rendezvous(config)
+        rendezvous = _open_rendezvous(config, ft, options)
         initialize_metrics(MetricsConfig(config.metrics_cfg))
         name, spec = _worker_spec(config, entrypoint, args, rendezvous)
         with ExitStack() as stack:
             with signals.held():
                 monitors = stack.enter_context(RankMonitors(config.nproc_per_node, ft, options.own_log_dir, os.environ))
-            # Nothing but an event can matter to a node that is alone; torch's own rendezvous must be asked for news.
-            alone = config.max_nodes == 1 and isinstance(entrypoint, str)
+            rendezvous.on_lease = monitors.extend_lease
+            # Torch's own rendezvous, and functions, must be asked for news; from all else there are events.
+            has_events = rendezvous.numbers_ranks and isinstance(entrypoint, str)
             agent = FtAgent(
                 spec,
                 config.logs_specs,
                 monitors,
                 signals,
                 _graces(config, options),
-                wake_every=None if alone else config.monitor_interval,
+                rendezvous=rendezvous,
+                wake_every=None if has_events else config.monitor_interval,
                 start_method=config.start_method,
                 log_line_prefix_template=config.log_line_prefix_template,
                 exit_barrier_timeout=options.exit_barrier,
@@ -122,7 +130,16 @@ def _allow_descriptors(ranks: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _open_rendezvous(config: LaunchConfig) -> RendezvousHandler:
+def _open_rendezvous(config: LaunchConfig, ft: FaultToleranceConfig, options: JobOptions) -> JobRendezvous:
+    terms = JobTerms(
+        local_world_size=config.nproc_per_node,
+        role=config.role,
+        restart_policy=ft.restart_policy,
+        max_restarts=config.max_restarts,
+        use_infra_group_rank=ft.use_infra_group_rank,
+        token=options.token,
+        placement_path=options.placement_path,
+    )
     try:
         parameters = RendezvousParameters(
             backend=config.rdzv_backend,
@@ -133,13 +150,13 @@ def _open_rendezvous(config: LaunchConfig) -> RendezvousHandler:
             local_addr=config.local_addr,
             **config.rdzv_configs,
         )
-        return open_rendezvous(parameters)
+        return open_rendezvous(parameters, terms, os.environ, options.node_rank)
     except (ValueError, OSError, RendezvousConnectionError) as error:
         raise UsageError(torch_flags.rendezvous_complaint(config.rdzv_backend, config.rdzv_endpoint, error)) from error
 
 
 def _worker_spec(
-    config: LaunchConfig, entrypoint: Entrypoint, args: Sequence[str], rendezvous: RendezvousHandler
+    config: LaunchConfig, entrypoint: Entrypoint, args: Sequence[str], rendezvous: JobRendezvous
 ) -> tuple[str, WorkerSpec]:
     """The name for reports, and what torch is to start."""
     name, command = _command(entrypoint, args)
@@ -167,16 +184,16 @@ def _graces(config: LaunchConfig, options: JobOptions) -> Graces:
 
 
 def _run(
-    agent: FtAgent, signals: StopSignals, rendezvous: RendezvousHandler, event_log_handler: str
+    agent: FtAgent, signals: StopSignals, rendezvous: JobRendezvous, event_log_handler: str
 ) -> RunResult | signal.Signals | None:
     """The agent's result, None if this node left the job, or the signal that ended it."""
-    shut_down = True
+    reason = "it has ended"
     try:
         result: RunResult | None = agent.run()
+        rendezvous.stay()
         events.record(agent.get_event_succeeded(), event_log_handler)
     except SignalException as received:
-        # Not shut down: other nodes may go on without this one.
-        shut_down = False
+        reason = sentence(LauncherSignalled(received.sigval))
         events.record(agent.get_event_failed(), event_log_handler)
         return received.sigval
     except BaseException:
@@ -185,8 +202,8 @@ def _run(
     finally:
         signals.ignore()
         agent.clean_up()
-        if shut_down:
-            rendezvous.shutdown()
+        rendezvous.leave(reason)
+        rendezvous.shutdown()
     return result
 
 
@@ -225,9 +242,15 @@ def _outcome(
         logger.info("no rank connected to its monitor, so nobody watched for hangs; does the script use the client?")
     if result is not None and result.state == WorkerState.SUCCEEDED:
         return exit_code(NotMonitored(), ft.exit_codes) if ft.require_monitoring and not agent.any_connected else 0
-    code = exit_code(agent.cause, ft.exit_codes) if agent.cause is not None else 1
+    if result is None:
+        agent.note_end()
+    code = exit_code(agent.cause, ft.exit_codes) if agent.cause is not None else 0 if result is None else 1
     if result is None or not result.failures:
-        logger.error("%s FAILED: %s", name, sentence(agent.cause) if agent.cause else "no worker of this node failed")
+        if code:
+            what = sentence(agent.cause) if agent.cause else "no worker of this node failed"
+            logger.error("%s FAILED: %s", name, f"{agent.origin}: {what}" if agent.origin else what)
+        else:
+            logger.info("the job has ended with success, without a place for this node")
         return code
     failed = JobFailedError(name, result.failures, code)
     say(str(failed))

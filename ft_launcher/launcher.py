@@ -8,8 +8,10 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from ft_launcher import quiet_torch  # noqa: F401  # isort: skip  # before anything else of torch
 from torch.distributed import run as torchrun
 from torch.distributed.argparse_util import env
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -22,6 +24,7 @@ from ft_launcher.console import open_console
 from ft_launcher.errors import FtLauncherError, UsageError
 from ft_launcher.job import EXIT_BARRIER_SECONDS, JobFailedError, JobOptions, launch
 from ft_launcher.leftovers import prune_empty
+from ft_launcher.seal import read_token
 
 __all__ = ["get_args_parser", "launch", "main"]
 
@@ -86,8 +89,25 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = get_args_parser()
+    # What is there already, argparse does not set to its default.
+    not_given = argparse.Namespace(rdzv_backend=None, node_rank=None)
+    arguments = parser.parse_args(argv, not_given)
+    given_rank = arguments.node_rank is not None or "PET_NODE_RANK" in os.environ
+    if arguments.node_rank is None:
+        arguments.node_rank = parser.get_default("node_rank")
+    if arguments.rdzv_backend is None:
+        arguments.rdzv_backend = parser.get_default("rdzv_backend")
+        # With torchrun's default, static, several nodes without a --node-rank would all be number 0.
+        is_static = arguments.rdzv_backend == "static" and "PET_RDZV_BACKEND" not in os.environ
+        if is_static and arguments.rdzv_endpoint and not given_rank and arguments.nnodes not in ("1", "1:1"):
+            arguments.rdzv_backend = "c10d"
+    return arguments
+
+
 def _run(argv: list[str]) -> int:
-    arguments = get_args_parser().parse_args(argv)
+    arguments = _parse(argv)
     options, resolved = _fault_tolerance(arguments)
     torch_flags.check_values(arguments)
     if options.dry_run:
@@ -96,9 +116,11 @@ def _run(argv: list[str]) -> int:
     open_console(resolved.config.log_level)
     for warning in resolved.warnings:
         logger.warning(warning)
-    _check_policy(arguments, resolved.config)
+    _warn_of_missing(resolved.config)
     torch_flags.check_command(arguments, os.environ.get("PYTHON_EXEC", sys.executable))
     _normalise_single_node(arguments)
+    token = _token(arguments, options)
+    placement_path = str(Path(arguments.log_dir) / "placement.json") if arguments.log_dir else ""
     own_log_dir = _make_log_dir(arguments)
     try:
         launch_config, entrypoint, worker_arguments = torchrun.config_from_args(arguments)
@@ -111,6 +133,9 @@ def _run(argv: list[str]) -> int:
         exit_barrier=arguments.exit_barrier_timeout,
         own_log_dir=own_log_dir,
         expect_monitoring=_asks_for_monitoring(options, resolved),
+        node_rank=arguments.node_rank,
+        token=token,
+        placement_path=placement_path,
     )
     return launch(launch_config, entrypoint, worker_arguments, resolved.config, job)
 
@@ -129,6 +154,18 @@ def _fault_tolerance(arguments: argparse.Namespace) -> tuple[ConfigOptions, Reso
     return options, resolved
 
 
+def _token(arguments: argparse.Namespace, options: ConfigOptions) -> bytes | None:
+    """Give the secret of the nodes, which nothing that this process starts shall inherit."""
+    token = os.environ.pop("FT_TOKEN", "").encode() or None
+    if options.token_file is not None:
+        token = read_token(options.token_file)
+    if token is None and arguments.nnodes not in ("1", "1:1"):
+        if options.require_auth:
+            raise UsageError("--ft-require-auth: no secret is given; use --ft-token-file or the variable FT_TOKEN")
+        logger.info("no --ft-token-file: whoever reaches the rendezvous port and knows the run id could join")
+    return token
+
+
 def _asks_for_monitoring(options: ConfigOptions, resolved: Resolved) -> bool:
     given = [name for name, setting in resolved.settings.items() if setting.origin != "default"]
     return options.cfg_path is not None or any("timeout" in name for name in given)
@@ -144,10 +181,8 @@ def _dry_run(arguments: argparse.Namespace, resolved: Resolved) -> str:
     )
 
 
-def _check_policy(arguments: argparse.Namespace, ft: FaultToleranceConfig) -> None:
-    """Refuse, or warn of, what is understood but not there yet."""
-    if ft.restart_policy == "min-healthy" and arguments.nnodes not in ("1", "1:1"):
-        raise UsageError("--ft-restart-policy min-healthy: works on one node so far; use any-failed with several")
+def _warn_of_missing(ft: FaultToleranceConfig) -> None:
+    """Say what is understood but not there yet."""
     for key in ("enable_nic_monitor", "pci_topo_file", "link_down_path_template"):
         if getattr(ft, key):
             logger.warning("%s is set, but network links are not watched yet", key)

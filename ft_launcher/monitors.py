@@ -32,7 +32,7 @@ from ft_launcher.messages import (
     decode_from_monitor,
     encode,
 )
-from ft_launcher.page import StampPage, create_page
+from ft_launcher.page import Slot, StampPage, create_page
 from ft_launcher.processes import Process
 from ft_launcher.rank_monitor_client import SOCKET_ENV
 from ft_launcher.run_dir import RunDir
@@ -157,6 +157,7 @@ class RankMonitors:
         self._environ = environ
         self._run_dir = RunDir(environ)
         self._job_connected = False
+        self._lease = 0.0
         self._monitors: list[_Monitor] = []
         raw = msgspec.Raw(encode(config))
         try:
@@ -204,7 +205,19 @@ class RankMonitors:
         for local_rank, process in ranks.items():
             monitor = self._monitors[local_rank]
             monitor.rank = _WatchedRank(process, started_at, stacks_paths[local_rank])
+            self.extend_lease(self._lease)
             monitor.tell_rank()
+
+    def extend_lease(self, until: float) -> None:
+        """Let the ranks go on until then (`time.monotonic()`); afterwards the monitors kill them, whatever this process
+        is doing. From any thread; without a first call they may go on for ever.
+        """
+        self._lease = until
+        for monitor in self._monitors:
+            rank = monitor.rank
+            if rank is not None:
+                with suppress(ValueError):  # the main thread is closing it
+                    rank.page.stamps[Slot.LEASE] = int(until * 1e9)
 
     def ranks_ended(self) -> None:
         """Have no process watched any more: they are about to be stopped, or have ended."""

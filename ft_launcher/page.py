@@ -1,8 +1,8 @@
 """The shared page through which a rank tells its monitor that it moves: monotonic stamps, and names for sections.
 
-One page (a memfd) per process of a rank. The rank alone writes it, but for `LOOKED`, which is its monitor's own sign
-of life towards the launcher. Every stamp is one aligned 8-byte store of `time.monotonic_ns()`, whose zero point all
-processes of a boot share; 0 means never. Nothing here blocks, and the page outlives whoever reads it.
+One page (a memfd) per process of a rank. The rank alone writes it, but for `LOOKED`, its monitor's own sign of life
+towards the launcher, and `LEASE`, the launcher's. Every stamp is one aligned 8-byte store of `time.monotonic_ns()`,
+whose zero point all processes of a boot share; 0 means never. Nothing here blocks, and the page outlives its readers.
 """
 
 import fcntl
@@ -35,7 +35,8 @@ class Slot(IntEnum):
     TEARDOWN = 3  # monitoring was shut down, or the rank is handling an error
     RECONNECTED = 4  # monitoring began anew after it was shut down: the startup clock starts again here
     LOOKED = 5  # the monitor's
-    SECTIONS = 6  # how many names are in use: a count, not a stamp
+    LEASE = 6  # the launcher's: until when the rank may go on without news of the other nodes
+    SECTIONS = 7  # how many names are in use: a count, not a stamp
 
 
 def create_page() -> int:
@@ -93,9 +94,9 @@ class StampPage:
 
     def copy_from(self, other: "StampPage") -> None:
         """Take over all that `other` says, but for what the monitor or an earlier program of the rank wrote here."""
-        looked, was_connected = self.stamps[Slot.LOOKED], self.stamps[Slot.CONNECTED]
+        looked, lease, was_connected = (self.stamps[slot] for slot in (Slot.LOOKED, Slot.LEASE, Slot.CONNECTED))
         self._map[:] = other._map[:]  # noqa: SLF001 - another page
-        self.stamps[Slot.LOOKED] = looked
+        self.stamps[Slot.LOOKED], self.stamps[Slot.LEASE] = looked, lease
         if was_connected:
             self.stamps[Slot.RECONNECTED] = self.stamps[Slot.CONNECTED]
         self.slots = dict(other.slots)
@@ -139,6 +140,7 @@ class StampPage:
             connected=_seconds(stamps[Slot.CONNECTED]),
             reconnected=_seconds(stamps[Slot.RECONNECTED]),
             teardown=_seconds(stamps[Slot.TEARDOWN]),
+            lease=_seconds(stamps[Slot.LEASE]),
             used_sections=count > 0,
             open_sections=opened,
         )

@@ -171,9 +171,10 @@ class RankMonitor:
         cause = due.sentence(now)
         # The launcher is told first: it must know the reason when it sees the rank's end.
         self._tell_launcher(RankHung(pid=rank.pid, cause=cause, killed_at=now, stacks_path=rank.evidence.path))
-        rank.process.stop(settings.termination_signal)
+        number = signal.SIGKILL if due.is_fence else settings.termination_signal
+        rank.process.stop(number)
         rank.give_up_at = now + UNKILLABLE_SECONDS
-        if settings.termination_signal == signal.SIGKILL:
+        if number == signal.SIGKILL:
             # Those seen before the launcher was told: what it starts in their place looks the same from outside.
             _kill_all(rank.evidence.members)
         else:

@@ -1,18 +1,18 @@
-"""Where the workers of a round meet: torch's rendezvous, with a fresh store for the workers in every round.
+"""The rendezvous of several nodes, behind torch's interface: who takes part, with which rank, and what to do now."""
 
-Torch keeps one store for all rounds of a job, in which the workers of a restart read the addresses that their dead
-predecessors wrote; most restarts of a gloo job fail for that. Here each round has a store of its own, on a socket
-that the launcher has bound, so that no port is guessed and lost to somebody else.
-"""
-
+import logging
 import os
+import select
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import uuid
+from collections.abc import Mapping
 
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+import msgspec
+import torch
+from msgspec import Struct
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.elastic.rendezvous.api import (
+    RendezvousGracefulExitError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
@@ -21,171 +21,340 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-__all__ = ["FreshStoreRendezvous", "LoneNodeRendezvous", "open_rendezvous"]
+from ft_launcher import ranks
+from ft_launcher.causes import Cause
+from ft_launcher.errors import UsageError
+from ft_launcher.formation import Settings, Timing
+from ft_launcher.job_rendezvous import (
+    BOUNDED_RESOLVER,
+    LOOPBACK,
+    Directive,
+    ForeignRendezvous,
+    JobRendezvous,
+    LoneNodeRendezvous,
+)
+from ft_launcher.lifeline import Beats
+from ft_launcher.link import HostGone
+from ft_launcher.meeting import Attended, Meeting, NobodyThereError, parse_endpoints
+from ft_launcher.policy import NodeState
+from ft_launcher.records import (
+    Assigned,
+    End,
+    Joined,
+    Leave,
+    Left,
+    Memory,
+    Message,
+    Node,
+    Ready,
+    Reason,
+    Reported,
+    Requested,
+    Stop,
+    Terms,
+    Waiting,
+)
+from ft_launcher.worker_store import WorkerStore, listen
 
-LOOPBACK = "127.0.0.1"
+__all__ = ["JobTerms", "NodesRendezvous", "open_rendezvous"]
+
+logger = logging.getLogger(__name__)
+
+LOOK_AROUND_SECONDS = 2.0
+"""How often a host at which no round has formed yet looks whether the others meet elsewhere."""
+
+GOODBYE_SECONDS = 5.0
+"""How long the host stays for the others when the job is over, or when it was told to end."""
+
+LOST_WORDS = {
+    "closed": "its launcher died",
+    "silent": "it was silent for too long",
+    "evicted": "it had given this node up",
+    "refused": "it refused this node",
+    "forged": "somebody else writes in its store",
+}
 
 
-def open_rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:
-    """Give the handler for `parameters`: of one node on its own, or torch's for several nodes."""
-    host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=0)
-    if parameters.max_nodes == 1 and (parameters.backend == "static" or (parameters.backend == "c10d" and port == 0)):
-        host = parameters.local_addr or (host if parameters.backend == "static" else LOOPBACK)
-        return LoneNodeRendezvous(parameters.run_id, parameters.backend, host, port)
-    fixed_host = host if parameters.backend == "static" else parameters.local_addr
-    return FreshStoreRendezvous(get_rendezvous_handler(parameters), fixed_host)
+class JobTerms(Struct, frozen=True, kw_only=True):
+    """What decides about nodes and is not in torch's RendezvousParameters."""
+
+    local_world_size: int
+    role: str = "default"
+    restart_policy: str = "any-failed"
+    max_restarts: int = 0
+    use_infra_group_rank: bool = True
+    token: bytes | None = None
+    placement_path: str = ""
 
 
-class _WorkerStore:
-    """The store in which the workers of one round find each other."""
+def open_rendezvous(
+    parameters: RendezvousParameters, terms: JobTerms, environ: Mapping[str, str], node_rank: int | None = None
+) -> JobRendezvous:
+    """Give the handler for `parameters`: of a node alone, of several nodes, or torch's. `node_rank`: with `static`.
 
-    def __init__(self, host: str, listener: socket.socket) -> None:
-        # A copy of the descriptor, which the store closes with itself.
-        self.server = TCPStore(
-            host,
-            listener.getsockname()[1],
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=os.dup(listener.fileno()),
-        )
-        self.port: int = self.server.port
+    Raises UsageError, and what torch raises for a backend of its own.
+    """
+    backend, static = parameters.backend, parameters.backend == "static"
+    node = _node(parameters, terms, environ, node_rank if static else None)
+    if static or backend == "c10d":
+        endpoints = parse_endpoints(parameters.endpoint)
+        if parameters.max_nodes == 1 and (static or endpoints[0].port == 0):
+            host = parameters.local_addr or (endpoints[0].host if static else LOOPBACK)
+            settings = Settings(node.terms)
+            return LoneNodeRendezvous(parameters.run_id, backend, node, settings, host, endpoints[0].port * static)
+        if endpoints[0].port == 0:
+            raise UsageError(f"--rdzv-endpoint {parameters.endpoint}: several nodes need a port that they all know")
+        return _of_nodes(parameters, terms, environ, node, static=static)
+    host, _ = parse_rendezvous_endpoint(parameters.endpoint, default_port=0)
+    inner: RendezvousHandler = get_rendezvous_handler(parameters)
+    alone = msgspec.structs.replace(node.terms, min_nodes=1, max_nodes=1)
+    return ForeignRendezvous(inner, node, Settings(alone), parameters.local_addr)
 
 
-@contextmanager
-def _no_shared_store() -> Iterator[None]:
-    """Keep torch's handler from opening a store for the workers too; they shall not inherit what tells it so."""
-    name = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-    given = os.environ.get(name)
-    os.environ[name] = "1"
+def _node(parameters: RendezvousParameters, terms: JobTerms, environ: Mapping[str, str], node_rank: int | None) -> Node:
+    most = parameters.max_nodes
+    number = (node_rank, "--node-rank") if node_rank is not None else ranks.infra_rank(environ)
+    if not terms.use_infra_group_rank and node_rank is None:
+        number = None
+    return Node(
+        id=uuid.uuid4().hex,
+        name=environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        address="",
+        pid=os.getpid(),
+        local_world_size=terms.local_world_size,
+        role=terms.role,
+        terms=Terms(
+            min_nodes=parameters.min_nodes,
+            max_nodes=most,
+            restart_policy=terms.restart_policy,
+            max_restarts=terms.max_restarts,
+            torch=".".join(torch.__version__.split(".")[:2]),
+        ),
+        infra_rank=number[0] if number else None,
+        infra_source=number[1] if number else "",
+        highest_rank=ranks.highest_rank(environ, number[1], most) if number else 0,
+    )
+
+
+def _of_nodes(
+    parameters: RendezvousParameters, terms: JobTerms, environ: Mapping[str, str], node: Node, *, static: bool
+) -> "NodesRendezvous":
+    endpoints = parse_endpoints(parameters.endpoint)
+
+    def seconds(key: str, default: float) -> float:
+        text = parameters.get(key, default)
+        try:
+            value = float(text)
+        except (TypeError, ValueError):
+            value = -1.0
+        if not 0 <= value < 1e9:
+            raise UsageError(f"--rdzv-conf {key}={text}: must be a number of seconds, 0 or more")
+        return value
+
+    interval = seconds("keep_alive_interval", 1.0)
+    attempts = seconds("keep_alive_max_attempt", 5)
+    if interval <= 0 or attempts < 2:
+        raise UsageError("--rdzv-conf: keep_alive_interval must be more than 0, and keep_alive_max_attempt 2 or more")
+    timing = Timing(
+        last_call_timeout=seconds("last_call_timeout", Timing().last_call_timeout),
+        join_timeout=seconds("join_timeout", Timing().join_timeout),
+        min_uptime=seconds("min_uptime", Timing().min_uptime),
+        failover_timeout=seconds("failover_timeout", Timing().failover_timeout),
+        # The old host gives up one interval after the others did, and then kills its workers.
+        settle=interval + 1.0,
+    )
+    expected = environ.get("SLURM_NTASKS", "")
+    settings = Settings(
+        terms=node.terms,
+        timing=timing,
+        by_infrastructure=terms.use_infra_group_rank or static,
+        upscaling=parameters.get_as_bool("upscaling_enabled", True) is not False,
+        expected=min(int(expected), parameters.max_nodes) if expected.isdigit() and int(expected) > 1 else None,
+        endpoints=len(endpoints),
+    )
+    is_host = parameters.get_as_bool("is_host")
+    if static and is_host is None:
+        is_host = node.infra_rank == 0
+    # Torch looks up the name of whoever connects to a store, one after the other: with a bad resolver at most 1 s each.
+    os.environ.setdefault("RES_OPTIONS", BOUNDED_RESOLVER)
+    handler = NodesRendezvous(parameters.run_id, parameters.backend)
+    handler.meeting = Meeting(
+        parameters.run_id,
+        endpoints,
+        _with_address(node, parameters.local_addr),
+        settings,
+        Beats(interval=interval, limit=interval * attempts),
+        token=terms.token,
+        is_host=is_host,
+        placement_path=terms.placement_path,
+        # The launcher sees at the same moment that its host is lost, and stops them itself unless it is frozen.
+        on_lease=lambda until: handler.on_lease(until + interval / 4),
+    )
+    return handler
+
+
+def _with_address(node: Node, local_addr: str | None) -> Node:
+    if not local_addr:
+        return node
     try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if given is not None:
-            os.environ[name] = given
+        found = socket.getaddrinfo(local_addr, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(f"--local-addr {local_addr}: {error.strerror}") from None
+    return msgspec.structs.replace(node, address=str(found[0][4][0]))
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(1024)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+class NodesRendezvous(JobRendezvous):
+    """The nodes of a job, wherever its leader is."""
 
+    meeting: Meeting
 
-class LoneNodeRendezvous(RendezvousHandler):
-    """The rendezvous of a node that is alone: nobody to wait for, so only the workers' store is left of it."""
+    def __init__(self, run_id: str, backend: str) -> None:
+        super().__init__(run_id, backend)
+        self._attended: Attended | None = None
+        self._memory: Memory | None = None
+        self._group_rank: int | None = None
+        self._lost: int | None = None
+        self._store: WorkerStore | None = None
 
-    def __init__(self, run_id: str, backend: str, host: str, port: int) -> None:
-        """`port` 0: another free one in each round. Raises OSError when a given one is taken."""
-        self._run_id = run_id
-        self._backend = backend
-        self._host = host
-        self._listener = _listen(host, port) if port else None
-        self._store: _WorkerStore | None = None
-        self._is_closed = False
-
-    def get_backend(self) -> str:
-        """Give the name of the backend that was asked for."""
-        return self._backend
-
-    @property
-    def use_agent_store(self) -> bool:
-        """The workers connect to the store that this handler opened."""
-        return True
+    # -- torch's interface ----------------------------------------------------------------------------------------
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Give rank 0 of 1, and a fresh store."""
-        self._store = None  # the old one lets go of a given port first
-        if self._listener is not None:
-            self._store = _WorkerStore(self._host, self._listener)
-        else:
-            with _listen(self._host, 0) as listener:
-                self._store = _WorkerStore(self._host, listener)
-        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(self._host, self._store.port))
+        """Take part in the next round, or wait for a place in one.
 
-    def is_closed(self) -> bool:
-        """Say whether `set_closed` was called."""
-        return self._is_closed
+        Raises RendezvousGracefulExitError when the job, or this node's part in it, ends first; `directive` says why.
+        """
+        self._store = None
+        while True:
+            attended = self._attended or self._attend()
+            with listen(attended.node.address, 0) as listener:
+                assigned = self._await_place(attended, listener.getsockname()[1])
+                if assigned is not None:
+                    return self._enter(assigned, listener)
 
-    def set_closed(self) -> None:
-        """Remember that the job is over."""
-        self._is_closed = True
-
-    def num_nodes_waiting(self) -> int:
-        """Nobody else can come."""
-        return 0
-
-    def get_run_id(self) -> str:
-        """Give the id of the run."""
-        return self._run_id
+    def _enter(self, assigned: Assigned, listener: socket.socket) -> RendezvousInfo:
+        self.assigned, self._directive = assigned, None
+        self._memory, self._group_rank = assigned.memory, assigned.group_rank
+        if assigned.group_rank == 0:
+            self._store = WorkerStore(assigned.store_address, listener)
+        where = RendezvousStoreInfo(assigned.store_address, assigned.store_port)
+        return RendezvousInfo(HashStore(), assigned.group_rank, assigned.group_world_size, where)
 
     def shutdown(self) -> bool:
-        """Close the store."""
-        self._is_closed = True
+        """Close the workers' store."""
         self._store = None
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
-        return True
+        return super().shutdown()
 
-
-class FreshStoreRendezvous(RendezvousHandler):
-    """Another handler, with a fresh store for the workers in each round, hosted by the node of rank 0."""
-
-    def __init__(self, inner: RendezvousHandler, host: str | None) -> None:
-        """`host`: the address under which this node offers its store; None: its fully qualified name."""
-        self._inner = inner
-        self._host = host
-        self._round = 0
-        self._store: _WorkerStore | None = None
-
-    def get_backend(self) -> str:
-        """Give the inner handler's."""
-        return self._inner.get_backend()
+    # -- for the agent --------------------------------------------------------------------------------------------
 
     @property
-    def use_agent_store(self) -> bool:
-        """The workers connect to the store that this handler opened."""
-        return True
+    def fileno(self) -> int | None:
+        """Readable when there is news."""
+        return self._attended.link.fileno() if self._attended is not None else None
 
-    def next_rendezvous(self) -> RendezvousInfo:
-        """Meet the other nodes; then rank 0 opens a store for the workers and tells the others where."""
-        with _no_shared_store():
-            info = self._inner.next_rendezvous()
-        self._round += 1
+    def directive(self) -> Directive | None:
+        """Give what this node has to do."""
+        if self._attended is not None:
+            for news in self._attended.link.receive():
+                self._heed(news)
+        return self._directive
+
+    def report(self, state: NodeState, cause: Cause | None = None, rank: int | None = None) -> None:
+        """Tell the leader."""
+        if self._attended is not None and self._memory is not None:
+            node_id = self._attended.node.id
+            self._attended.link.send(Reported(node_id, self._memory.round, state, cause, rank))
+
+    def request(self, cause: Cause) -> None:
+        """Tell the leader."""
+        if self._attended is not None:
+            round_ = self._memory.round if self._memory is not None else -1
+            self._attended.link.send(Requested(self._attended.node.id, round_, cause))
+
+    def stay(self) -> None:
+        """Stay as long as others need this node as their host, although it has no part in the job any more."""
+        host = self._attended.host if self._attended is not None else None
+        if host is not None and isinstance(self._directive, Leave) and not host.is_over:
+            logger.info("this node stays as the host of the others, without workers")
+            host.is_finished.wait()
+
+    def leave(self, reason: str) -> None:
+        """Say goodbye. The host stays until the others have left, as long as there is something to stay for."""
         self._store = None
-        port = 0
-        if info.rank == 0:
-            with _listen("", 0) as listener:
-                self._store = _WorkerStore(LOOPBACK, listener)
-            port = self._store.port
-        meeting_place: Store = PrefixStore(f"ft_launcher/{self._round}", info.store)
-        where = RendezvousStoreInfo.build(info.rank, meeting_place, self._host, server_port=port)
-        return RendezvousInfo(info.store, info.rank, info.world_size, where)
+        attended, self._attended = self._attended, None
+        if attended is None:
+            return
+        if self._lost is None:
+            attended.link.send(Left(attended.node.id, reason))
+        attended.link.close()
+        if attended.host is not None:
+            attended.host.close(GOODBYE_SECONDS)
 
-    def is_closed(self) -> bool:
-        """Give the inner handler's."""
-        return bool(self._inner.is_closed())
+    # -- meeting --------------------------------------------------------------------------------------------------
 
-    def set_closed(self) -> None:
-        """Close the inner handler."""
-        self._inner.set_closed()  # type: ignore[no-untyped-call]  # torch does not annotate it
+    def _attend(self) -> Attended:
+        lost, self._lost = self._lost, None
+        try:
+            attended = self.meeting.attend(self._memory, lost)
+        except NobodyThereError as error:
+            self._directive = End(error.cause)
+            raise RendezvousGracefulExitError(str(error)) from None
+        self._attended, self._directive = attended, None
+        what = "this node is the host" if attended.host is not None else f"the host is {attended.title}"
+        logger.info("joined job %s: %s", self._run_id, what)
+        attended.link.send(Joined(attended.node, self._memory, self._group_rank))
+        return attended
 
-    def num_nodes_waiting(self) -> int:
-        """Give the inner handler's."""
-        return self._inner.num_nodes_waiting()
+    def _await_place(self, attended: Attended, store_port: int) -> Assigned | None:
+        """Wait for the next round; None when the host was lost meanwhile."""
+        link = attended.link
+        link.send(Ready(attended.node.id, store_port))
+        poll = select.poll()
+        poll.register(link.fileno(), select.POLLIN)
+        while True:
+            alone_at = attended.host is not None and not attended.host.has_formed and self.meeting.has_others
+            poll.poll(LOOK_AROUND_SECONDS * 1000 if alone_at else None)
+            news = link.receive()
+            if not news and alone_at and self.meeting.better_host(attended):
+                logger.info("the others meet at another endpoint; joining them")
+                self._drop()
+                return None
+            for each in news:
+                if isinstance(each, Assigned):
+                    return each
+                self._heed(each)
+            if self._attended is None:
+                return None
+            if isinstance(self._directive, Leave | End):
+                raise RendezvousGracefulExitError("the job is over, or goes on without this node")
 
-    def get_run_id(self) -> str:
-        """Give the inner handler's."""
-        return self._inner.get_run_id()
+    def _heed(self, news: Message | HostGone) -> None:
+        match news:
+            case HostGone(how):
+                self._lose_host(self._attended, how)
+            case Waiting(round_, nodes):
+                logger.info("waiting as a spare: round %d has its %d nodes", round_, nodes)
+            case Stop(round_, reason):
+                if self._memory is not None and round_ == self._memory.round and self._directive is None:
+                    self._directive = news
+                    logger.info("round %d is over (%s); stopping the workers", round_, reason)
+            case Leave() | End():
+                self._directive = news
+            case Assigned():
+                pass  # only `next_rendezvous` can take it
 
-    def shutdown(self) -> Any:
-        """Shut the inner handler down, and close the store."""
-        self._store = None
-        return self._inner.shutdown()
+    def _lose_host(self, attended: Attended | None, how: str) -> None:
+        if attended is None or isinstance(self._directive, Leave | End):
+            return  # it has told us all that there was to tell
+        words = LOST_WORDS.get(how, how)
+        logger.error("lost the rendezvous host %s: %s", attended.title, words)
+        self._lost = self.meeting.index(attended.where)
+        self._drop()
+        round_ = self._memory.round if self._memory is not None else -1
+        self._directive = Stop(round_, Reason("host_lost", f"lost the rendezvous host: {words}"))
+
+    def _drop(self) -> None:
+        attended, self._attended = self._attended, None
+        if attended is not None:
+            attended.link.close()
+            if attended.host is not None:
+                attended.host.close(0.0)

@@ -10,6 +10,9 @@ EVIDENCE_LEAD = 0.1
 """Seconds before a deadline at which stacks are taken: 20 times what writing them took on a loaded machine."""
 
 
+LEASE_ENDED = "its node lost contact with the other nodes, which may start anew without it"
+
+
 class Limits(Struct, frozen=True, kw_only=True):
     """The timeouts that apply to one rank now, in seconds; None: never."""
 
@@ -41,6 +44,7 @@ class Stamps(Struct, frozen=True, kw_only=True):
     connected: float | None = None
     reconnected: float | None = None
     teardown: float | None = None
+    lease: float | None = None  # until then the node is certain that the others have not started anew without it
     used_sections: bool = False
     open_sections: dict[str, float] = {}
 
@@ -63,9 +67,12 @@ class Deadline(Struct, frozen=True):
     since: float
     limit: float
     what: str
+    is_fence: bool = False  # not the rank's fault, and it must be dead at once
 
     def sentence(self, now: float) -> str:
         """Say it as at the moment `now`, for the log."""
+        if self.is_fence:
+            return self.what
         lasted = now - self.since
         return f"{self.what} for {lasted:.{1 if lasted >= 10 else 2}f} s, timeout {self.limit:g} s"
 
@@ -79,11 +86,14 @@ def deadline(
     the script does use the client, and a rank that stays silent hangs. What the watcher itself overslept (`lags`) is
     given to every wait that was on meanwhile.
     """
-    due = (
+    due = [
         Deadline(since + limit + sum(lag.within(since) for lag in lags), since, limit, what)
         for since, limit, what in _waits(stamps, limits, started_at, job_connected=job_connected)
         if limit is not None
-    )
+    ]
+    if stamps.lease is not None:
+        # Without the lags: the others did not stand still meanwhile.
+        due.append(Deadline(stamps.lease, stamps.lease, 0.0, LEASE_ENDED, is_fence=True))
     # The earliest of *all*: an outer section counts while an inner one is alive.
     return min(due, key=lambda each: each.at, default=None)
 

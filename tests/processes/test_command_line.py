@@ -50,8 +50,24 @@ WRONG = [
     ),
     (["--ft-cfg-path", "no.yaml", "train.py"], "no.yaml: no such file"),
     (
-        ["--nnodes", "2:3", "--ft-restart-policy", "min-healthy", "train.py"],
-        "--ft-restart-policy min-healthy: works on one node so far; use any-failed with several",
+        ["--nnodes", "2:3", "--rdzv-backend", "c10d", "train.py"],
+        "--rdzv-endpoint: several nodes need a place to meet, host:port, the same for all of them",
+    ),
+    (
+        ["--nnodes", "2", "--rdzv-endpoint", "node1:29400:1,node2", "train.py"],
+        "--rdzv-endpoint node1:29400:1,node2: must be host:port, or several of them with commas between",
+    ),
+    (
+        ["--nnodes", "2", "--rdzv-endpoint", "node1:29400", "--rdzv-conf", "join_timeout=ever", "train.py"],
+        "--rdzv-conf join_timeout=ever: must be a number of seconds, 0 or more",
+    ),
+    (
+        ["--nnodes", "2", "--rdzv-endpoint", "node1:29400", "--ft-require-auth", "train.py"],
+        "--ft-require-auth: no secret is given; use --ft-token-file or the variable FT_TOKEN",
+    ),
+    (
+        ["--nnodes", "2", "--rdzv-endpoint", "node1:29400", "--ft-token-file", "train.py", "train.py"],
+        "--ft-token-file train.py: has mode 0644, must be 0600 or 0400 (chmod 600)",
     ),
 ]
 

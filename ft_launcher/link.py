@@ -1,0 +1,156 @@
+"""A node's connection to the host of its job: what it says goes out in order, what the leader says wakes it."""
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from queue import SimpleQueue
+
+import msgspec
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistError
+
+from ft_launcher.exchange import Keys, Steps, append, close_mailbox, perform, receive
+from ft_launcher.lifeline import Beats
+from ft_launcher.lifeline_client import Lifeline
+from ft_launcher.records import Event, Message
+from ft_launcher.seal import Seal, SealBrokenError
+
+__all__ = ["CONNECT_SECONDS", "HostGone", "Link", "connect_store"]
+
+logger = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 5.0
+"""For a connection to a store whose port has answered: a frozen host answers with its kernel only."""
+
+FORGED_LIMIT = 5
+"""After so many messages that nobody sealed, somebody else writes in the store, and nothing there can be relied on."""
+
+
+class HostGone(msgspec.Struct, frozen=True):
+    """The host cannot be reached any more, and how that was noticed: the lifeline's words, or "forged"."""
+
+    how: str
+
+
+def connect_store(address: str, port: int, seconds: float = CONNECT_SECONDS) -> TCPStore:
+    """Give a client of the store there. Raises torch's DistError."""
+    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
+
+
+class Link:
+    """Three threads: one sends, one waits for mail, and the lifeline's. None of them ever makes the launcher wait."""
+
+    def __init__(
+        self,
+        where: tuple[str, int],
+        lifeline_port: int,
+        node_id: str,
+        keys: Keys,
+        seal: Seal,
+        beats: Beats,
+        on_lease: Callable[[float], None] | None = None,
+    ) -> None:
+        """Connect to the host at the numeric address and port `where`. Raises DistError or ConnectionError."""
+        self._keys, self._seal, self._node_id = keys, seal, node_id
+        self._news: deque[Message | HostGone] = deque()
+        self._gone = threading.Event()
+        self._outgoing: SimpleQueue[Event | None] = SimpleQueue()
+        self._received = 0
+        self._outbox = connect_store(*where)
+        self._inbox = connect_store(*where)
+        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.lifeline = Lifeline(where[0], lifeline_port, node_id, beats, seal, self._lost, on_lease)
+        try:
+            self.local_address: str = self.lifeline.local_address(CONNECT_SECONDS)
+        except BaseException:
+            self.lifeline.close()
+            os.close(self._eventfd)
+            raise
+        self._threads = [
+            threading.Thread(target=target, name=f"ft_launcher {name}", daemon=True)
+            for name, target in (("outbox", self._send_all), ("inbox", self._receive_all))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # -- for the launcher -----------------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """Give the descriptor that is readable when there is something to `receive`."""
+        return self._eventfd
+
+    def send(self, event: Event) -> None:
+        """Tell the leader, soon."""
+        self._outgoing.put(event)
+
+    def receive(self) -> list[Message | HostGone]:
+        """Give what has come since."""
+        try:
+            os.eventfd_read(self._eventfd)
+        except BlockingIOError:
+            return []
+        news = []
+        while self._news:
+            news.append(self._news.popleft())
+        return news
+
+    def close(self) -> None:
+        """Say goodbye on the lifeline, behind all that was sent, and end the threads where the host still answers."""
+        self._outgoing.put(None)
+        for thread in () if self._gone.is_set() else self._threads:
+            thread.join(CONNECT_SECONDS)
+        self.lifeline.close()
+        # A thread that still waits for a host that is gone may write to it: the descriptor stays open for that one.
+        if not any(thread.is_alive() for thread in self._threads):
+            os.close(self._eventfd)
+
+    # -- the threads ----------------------------------------------------------------------------------------------
+
+    def _tell(self, news: Message | HostGone) -> None:
+        self._news.append(news)
+        os.eventfd_write(self._eventfd, 1)
+
+    def _lost(self, how: str) -> None:
+        if not self._gone.is_set():
+            self._gone.set()
+            self._tell(HostGone(how))
+
+    def _send_all(self) -> None:
+        while (event := self._outgoing.get()) is not None:
+            if not self._send_one(append(self._keys, self._seal, event)):
+                return
+        self._send_one(close_mailbox(self._keys, self._node_id, self._received))
+
+    def _send_one(self, steps: Steps[None]) -> bool:
+        try:
+            perform(steps, self._outbox, time.monotonic)
+        except DistError:
+            self._lost("closed")
+            return False
+        return True
+
+    def _receive_all(self) -> None:
+        forged = 0
+        while True:
+            try:
+                message = perform(
+                    receive(self._keys, self._seal, self._node_id, self._received), self._inbox, time.monotonic
+                )
+            except (SealBrokenError, msgspec.MsgspecError, ValueError):
+                forged += 1
+                logger.warning("somebody else wrote into this node's mailbox in the store; ignored")
+                if forged >= FORGED_LIMIT:
+                    self._lost("forged")
+                    return
+                continue
+            except DistError:
+                self._lost("closed")
+                return
+            if message is None:
+                return
+            self._received += 1
+            self._tell(message)

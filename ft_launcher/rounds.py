@@ -1,0 +1,486 @@
+"""What the leader of a job knows and says: `Job` is told what happened and when, and gives the messages that follow.
+
+No clock, store or socket is here. The decisions themselves are small functions of formation.py, policy.py and ranks.py.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from math import inf
+
+from msgspec import Struct
+
+from ft_launcher import ranks
+from ft_launcher.causes import (
+    Cause,
+    Excluded,
+    Hung,
+    NodeLost,
+    Refused,
+    ShutDown,
+    TooFewNodes,
+    sentence,
+)
+from ft_launcher.formation import Gathering, Settings, forms_at, quorum, stronger, terms_conflict
+from ft_launcher.policy import NodeState, Verdict, any_failed, min_healthy
+from ft_launcher.ranks import Candidate
+from ft_launcher.records import (
+    Assigned,
+    End,
+    Event,
+    Joined,
+    Leave,
+    Left,
+    Lost,
+    Memory,
+    Message,
+    Node,
+    Ready,
+    Reason,
+    ReasonKind,
+    Reported,
+    Requested,
+    Stop,
+    Waiting,
+)
+
+__all__ = ["Job", "Placed"]
+
+STRAGGLERS = 3.0
+"""Seconds for which a job that lost its host waits for more nodes of the last round when there are enough."""
+
+
+class Placed(Struct, frozen=True):
+    """One line of the placement of a round."""
+
+    group_rank: int
+    node: Node
+    rank: int
+
+
+class _Member(Struct):
+    node: Node
+    arrival: int
+    last_round: int = -1  # in which it took part
+    last_rank: int | None = None  # its group rank there
+    store_port: int | None = None  # ready, if not None
+
+
+class Job:
+    """The whole job as its leader sees it."""
+
+    def __init__(self, settings: Settings, host: Node, now: float, memory: Memory | None = None) -> None:
+        """`memory`: what this host remembers of a job whose former host was lost."""
+        self.settings = settings
+        self.host = host
+        self.memory = memory or Memory()
+        self.rebuilt = memory is not None
+        self.reason = Reason("host_lost", "the rendezvous host was lost") if self.rebuilt else Reason("")
+        self.placement: list[Placed] = []
+        self.outcome: End | None = None
+        self.warnings: list[str] = []
+        self._charged = False  # the incident that ended the last round was counted
+        self._must_charge = self.rebuilt
+        self._members: dict[str, _Member] = {}
+        self._by_rank: dict[int, str] = {}  # ids of live nodes by the rank that the infrastructure gave them
+        self._gone: set[str] = set()
+        self._arrivals = 0
+        self._ready = 0
+        self._running = False
+        self._states: dict[str, NodeState] = {}  # of the nodes of the running round, lost ones too
+        self._failures: dict[str, Reason] = {}
+        self._culprit: tuple[Cause, str] | None = None
+        self._gathering_since = now
+        self._enough_since: float | None = None
+        self._round_since = now
+        self._untold: list[str] = []  # newcomers for whom there is perhaps no place now
+        self._mail: list[tuple[str, Message]] = []
+
+    # -- what happened --------------------------------------------------------------------------------------------
+
+    def apply(self, event: Event, now: float) -> None:
+        """Take note of `event`. What to do about it, `decide` says."""
+        match event:
+            case Joined(node, memory, group_rank):
+                self._join(node, memory, group_rank)
+            case Ready(node, store_port):
+                self._become_ready(node, store_port, now)
+            case Reported():
+                self._report(event)
+            case Requested(node, round_, cause):
+                self._request(node, round_, cause)
+            case Left(node, reason):
+                self._remove(node, Reason("node_left", f"node {self._name(node)} left" + (reason and f": {reason}")))
+            case Lost(node, how):
+                self._lose(node, how)
+
+    def _name(self, node_id: str) -> str:
+        member = self._members.get(node_id)
+        return member.node.name if member else node_id
+
+    def _join(self, node: Node, memory: Memory | None, group_rank: int | None) -> None:
+        if node.id in self._gone or node.id in self._members:
+            return
+        if self.outcome is not None:
+            self._mail.append((node.id, self.outcome))
+            self._add(node)
+            return
+        excluded = self.memory.excluded
+        if any(node.id == each or (memory is None and node.name == name) for each, name in excluded):
+            self._refuse(node, Excluded(f"node {node.name} was excluded from this job before"))
+            return
+        holder = self._members.get(self._by_rank.get(node.infra_rank, "")) if node.infra_rank is not None else None
+        complaint = terms_conflict(self.host, node)
+        if complaint is None and self.settings.by_infrastructure and node.infra_rank is not None:
+            others = [self._candidate(holder)] if holder else []
+            newcomer = self._candidate(_Member(node, self._arrivals))
+            complaint = ranks.conflict(newcomer, others, node.infra_source, node.highest_rank)
+        if complaint is not None:
+            self.warnings.append(complaint)
+            if self.memory.round < 0:
+                self._add(node)
+                self._end(Refused(f"{complaint} (nothing was started)"), "")
+            else:
+                self._refuse(node, Refused(complaint))
+            return
+        self._add(node)
+        if memory is not None and group_rank is not None:
+            if self.rebuilt and (memory.epoch, memory.round) > (self.memory.epoch, self.memory.round):
+                self.memory = memory
+            member = self._members[node.id]
+            member.last_round, member.last_rank = memory.round, group_rank
+
+    def _add(self, node: Node) -> None:
+        self._members[node.id] = _Member(node, self._arrivals)
+        self._arrivals += 1
+        if node.infra_rank is not None:
+            self._by_rank.setdefault(node.infra_rank, node.id)
+
+    def _took_part(self, member: _Member) -> bool:
+        return member.last_round == self.memory.round >= 0
+
+    def _refuse(self, node: Node, cause: Cause) -> None:
+        self._gone.add(node.id)
+        self._mail.append((node.id, Leave(cause)))
+
+    def _become_ready(self, node_id: str, store_port: int, now: float) -> None:
+        member = self._members.get(node_id)
+        if member is None or member.store_port is not None:
+            return
+        if self._running and self._states.get(node_id) is NodeState.HEALTHY:
+            # It stopped its workers for a reason of its own: it was cut off, or frozen, for a while.
+            self._fail(node_id, NodeState.GONE, NodeLost(member.node.name, "it lost contact and stopped its workers"))
+        member.store_port = store_port
+        self._ready += 1
+        self._untold.append(node_id)
+        if self._enough_since is None and self._ready >= self.settings.terms.min_nodes:
+            self._enough_since = now
+
+    def _report(self, event: Reported) -> None:
+        if not self._running or event.round != self.memory.round or event.node not in self._states:
+            return
+        if event.state is NodeState.FAILED and event.cause is not None:
+            self._fail(event.node, NodeState.FAILED, event.cause, event.rank)
+        elif self._states[event.node] is NodeState.HEALTHY:
+            self._states[event.node] = event.state
+
+    def _fail(self, node_id: str, state: NodeState, cause: Cause, rank: int | None = None) -> None:
+        name = self._name(node_id)
+        origin = f"rank {rank} (node {name})" if rank is not None else ""
+        kind: ReasonKind = (
+            "node_lost" if isinstance(cause, NodeLost) else "rank_hung" if isinstance(cause, Hung) else "rank_failed"
+        )
+        reason = Reason(kind, f"{origin}{origin and ': '}{sentence(cause)}")
+        self._states[node_id] = state
+        if self._culprit is None or stronger(self.reason, reason) is reason:
+            self._culprit = (cause, origin)
+        self.reason = stronger(self.reason, reason)
+        self._failures[node_id] = reason
+
+    def _request(self, node_id: str, round_: int, cause: Cause) -> None:
+        member = self._members.get(node_id)
+        if member is None or self.outcome is not None:
+            return
+        if isinstance(cause, ShutDown):
+            if round_ == self.memory.round:
+                self._end(cause, f"node {member.node.name}")
+            return
+        # The node is not fit to go on: a rank said so, its monitors fail, or a process there cannot be killed.
+        name = member.node.name
+        excluded = (*self.memory.excluded, (node_id, name))
+        self.memory = _changed(self.memory, excluded=excluded)
+        self._mail.append((node_id, Leave(cause)))
+        if self._charged and not self._running and self._failures.keys() <= {node_id}:
+            # Its ranks had failed of the same thing, and were seen first.
+            self._charged = False
+            self.memory = _changed(self.memory, restarts=self.memory.restarts - 1)
+        self._remove(node_id, Reason("node_excluded", f"node {name}: {sentence(cause)}"))
+        left, needed = len(self._members), self.settings.terms.min_nodes
+        if not left:
+            self._end(cause, f"node {name}")
+        elif left < needed:
+            why = f"node {name} was excluded ({sentence(cause)})"
+            self._end(TooFewNodes(f"{why}; {_nodes(left)} left, and --nnodes asks for {needed} at least"), "")
+
+    def _lose(self, node_id: str, how: str) -> None:
+        member = self._members.get(node_id)
+        if member is None:
+            self._gone.add(node_id)
+            return
+        self._remove(node_id, Reason("node_lost", sentence(NodeLost(member.node.name, how))), how)
+
+    def _remove(self, node_id: str, reason: Reason, how: str = "") -> None:
+        member = self._members.pop(node_id, None)
+        self._gone.add(node_id)
+        if member is None:
+            return
+        if member.store_port is not None:
+            self._ready -= 1
+            if self._ready < self.settings.terms.min_nodes:
+                self._enough_since = None
+        if self._by_rank.get(member.node.infra_rank or 0) == node_id:
+            del self._by_rank[member.node.infra_rank or 0]
+        if self._running and self._states.get(node_id) in (NodeState.HEALTHY, NodeState.FAILED):
+            if how:
+                cause = NodeLost(member.node.name, how)
+                self._culprit = self._culprit or (cause, "")
+                self._failures[node_id] = reason
+            self._states[node_id] = NodeState.GONE
+            self.reason = stronger(self.reason, reason)
+        elif not self._running and self._took_part(member) and self.outcome is None:
+            self.reason = stronger(self.reason, reason)
+
+    # -- what to do about it --------------------------------------------------------------------------------------
+
+    def decide(self, now: float) -> list[tuple[str, Message]]:
+        """Give the messages that are due, each with the id of its node."""
+        if self.outcome is None:
+            if self._running:
+                self._judge(now)
+            if not self._running and self.outcome is None:
+                self._gather(now)
+        mail, self._mail = self._mail, []
+        return mail
+
+    def due(self) -> float:
+        """Give the instant at which `decide` may say something although nothing happened; inf: never."""
+        if self.outcome is not None:
+            return inf
+        if self._running:
+            return self._upscales_at()
+        return min(self._forms_at(), self._gathering_since + self.settings.timing.join_timeout)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nobody is there any more."""
+        return not self._members
+
+    @property
+    def numbered_by(self) -> str:
+        """Say what the group ranks of the placement follow."""
+        sources = sorted({each.node.infra_source for each in self.placement} - {""})
+        if self.settings.by_infrastructure and sources:
+            return f"numbered by {' and '.join(sources)}"
+        return "numbered by names" + (" (no SLURM_PROCID or GROUP_RANK)" if self.settings.by_infrastructure else "")
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """All nodes that are there."""
+        return (member.node for member in self._members.values())
+
+    @property
+    def is_lost(self) -> bool:
+        """Too many nodes of the last round are out of reach: they may go on elsewhere, so nobody goes on here."""
+        if self._running or self.outcome is not None or self.memory.round < 0 or self.rebuilt:
+            return False
+        old = sum(map(self._took_part, self._members.values()))
+        return old < quorum(self.memory.nodes, rebuilt=False, endpoints=self.settings.endpoints)
+
+    def _judge(self, now: float) -> None:
+        terms = self.settings.terms
+        counts = Counter(self._states.values())
+        if counts[NodeState.FAILED] + counts[NodeState.GONE] or not counts[NodeState.HEALTHY]:
+            if terms.restart_policy == "min-healthy":
+                verdict = min_healthy(self._states.values(), terms.min_nodes)
+            else:
+                verdict = any_failed(self._states.values())
+            if verdict is Verdict.SUCCEED:
+                self._end(None, "")
+                return
+            if verdict is Verdict.RESTART:
+                self._restart(now, counted=bool(self._failures))
+                return
+        if self._upscales_at() <= now:
+            names = ", ".join(each.node.name for each in self._members.values() if each.node.id not in self._states)
+            self.reason = Reason("node_joined", f"node {names} joined")
+            self._restart(now, counted=False)
+            return
+        self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        untold, self._untold = self._untold, []
+        for node_id in untold:
+            if node_id in self._members and self._members[node_id].store_port is not None:
+                self._mail.append((node_id, Waiting(self.memory.round, len(self._states))))
+
+    def _upscales_at(self) -> float:
+        terms, timing = self.settings.terms, self.settings.timing
+        full = len(self._states) >= terms.max_nodes
+        if not self._ready or full or not self.settings.upscaling or terms.restart_policy == "min-healthy":
+            return inf
+        return self._round_since + timing.min_uptime
+
+    def _restart(self, now: float, *, counted: bool) -> None:
+        if counted:
+            if self.memory.restarts >= self.settings.terms.max_restarts:
+                cause, origin = self._culprit or (TooFewNodes(self.reason.sentence), "")
+                self._end(cause, origin)
+                return
+            self.memory = _changed(self.memory, restarts=self.memory.restarts + 1)
+        self._charged = counted
+        self._running = False
+        self._gathering_since = now
+        self._enough_since = now if self._ready >= self.settings.terms.min_nodes else None
+        for node_id, member in self._members.items():
+            if member.store_port is None:
+                self._mail.append((node_id, Stop(self.memory.round, self.reason)))
+
+    def _gathering(self) -> Gathering:
+        terms = self.settings.terms
+        first = self.memory.round < 0
+        old = needed = 0
+        if self.settings.endpoints > 1:
+            if first:
+                # Nobody may be able to start here while others start elsewhere.
+                old, needed = (
+                    self._ready,
+                    quorum(terms.max_nodes, rebuilt=self.settings.endpoint > 0, endpoints=self.settings.endpoints),
+                )
+            else:
+                old = sum(self._took_part(each) for each in self._members.values() if each.store_port is not None)
+                needed = quorum(self.memory.nodes, rebuilt=self.rebuilt, endpoints=self.settings.endpoints)
+        return Gathering(
+            ready=self._ready,
+            live=len(self._members),
+            min_nodes=terms.min_nodes,
+            max_nodes=terms.max_nodes,
+            first=first,
+            enough_since=self._enough_since,
+            expected=self.settings.expected,
+            old=old,
+            old_needed=needed,
+        )
+
+    def _forms_at(self) -> float:
+        if not self._ready:
+            return inf
+        at = forms_at(self._gathering(), self.settings.timing.last_call_timeout)
+        if at == -inf and self.rebuilt:
+            # The others of the last round are on their way here, or lost with the old host.
+            all_came = self._ready >= min(self.memory.nodes - 1, self.settings.terms.max_nodes)
+            at = self._gathering_since + self.settings.timing.settle + (0 if all_came else STRAGGLERS)
+        return at
+
+    def _gather(self, now: float) -> None:
+        if self._forms_at() <= now:
+            self._form(now)
+        elif now >= self._gathering_since + self.settings.timing.join_timeout:
+            self._end(TooFewNodes(self._who_is_missing()), "")
+
+    def _form(self, now: float) -> None:
+        terms, by_infrastructure = self.settings.terms, self.settings.by_infrastructure
+        if self._must_charge:
+            if self.memory.restarts >= terms.max_restarts:
+                self._end(TooFewNodes(f"{self.reason.sentence}, and all restarts of --max-restarts are used"), "")
+                return
+            self._must_charge = False
+            self.memory = _changed(self.memory, restarts=self.memory.restarts + 1)
+        ready = {key: each for key, each in self._members.items() if each.store_port is not None}
+        candidates = {key: self._candidate(each) for key, each in ready.items()}
+        chosen, spares = ranks.choose(candidates.values(), terms.max_nodes, by_infrastructure=by_infrastructure)
+        those = [candidates[key] for key in chosen]
+        group_ranks = ranks.assign(those, terms.max_nodes, by_infrastructure=by_infrastructure)
+        order = sorted(group_ranks, key=group_ranks.__getitem__)
+        self.placement, roles, world_size = [], Counter[str](), 0
+        role_ranks = []
+        for key in order:
+            node = ready[key].node
+            self.placement.append(Placed(group_ranks[key], node, world_size))
+            role_ranks.append(roles[node.role])
+            world_size += node.local_world_size
+            roles[node.role] += node.local_world_size
+        prev_world_size = self.memory.world_size
+        self.memory = _changed(
+            self.memory,
+            epoch=self.memory.epoch + self.rebuilt,
+            round=self.memory.round + 1,
+            nodes=len(order),
+            world_size=world_size,
+        )
+        store_address, store_port = ready[order[0]].node.address, ready[order[0]].store_port or 0
+        for placed, role_rank in zip(self.placement, role_ranks, strict=True):
+            member = ready[placed.node.id]
+            assigned = Assigned(
+                group_rank=placed.group_rank,
+                group_world_size=len(order),
+                rank=placed.rank,
+                world_size=world_size,
+                role_rank=role_rank,
+                role_world_size=roles[placed.node.role],
+                store_address=store_address,
+                store_port=store_port,
+                prev_world_size=prev_world_size,
+                reason=self.reason,
+                memory=self.memory,
+            )
+            self._mail.append((placed.node.id, assigned))
+            member.last_rank, member.last_round, member.store_port = placed.group_rank, self.memory.round, None
+        self._ready = len(spares)
+        self._states = dict.fromkeys(order, NodeState.HEALTHY)
+        self._untold = list(spares)
+        self._tell_waiting()
+        self._failures = {}
+        self._culprit = None
+        self._charged = False
+        self.reason = Reason("")
+        self.rebuilt = False
+        self._running = True
+        self._round_since = now
+
+    def _end(self, cause: Cause | None, origin: str) -> None:
+        if self.outcome is None:
+            self.outcome = End(cause, origin)
+            self._mail = [each for each in self._mail if isinstance(each[1], Leave)]
+            told = {node_id for node_id, _ in self._mail}
+            self._mail += [(node_id, self.outcome) for node_id in self._members if node_id not in told]
+
+    def _who_is_missing(self) -> str:
+        gathering = self._gathering()
+        here = ", ".join(sorted((node.name for node in self.nodes), key=ranks.natural_key)[:20]) or "nobody"
+        seconds = self.settings.timing.join_timeout
+        needed = f"--nnodes asks for {gathering.min_nodes} at least"
+        if gathering.ready >= gathering.min_nodes and gathering.old < gathering.old_needed:
+            needed = f"{gathering.old_needed} nodes of the last round are needed, so that no other half goes on as well"
+        elif gathering.ready >= gathering.min_nodes:
+            stopping = [each.node.name for each in self._members.values() if each.store_port is None]
+            needed = f"{', '.join(stopping)} did not stop its workers"
+        return f"after {seconds:g} s {_nodes(gathering.live)} there ({here}), and {needed}"
+
+    def _candidate(self, member: _Member) -> Candidate:
+        node = member.node
+        return Candidate(
+            id=node.id,
+            name=node.name,
+            pid=node.pid,
+            infra_rank=node.infra_rank,
+            previous_rank=member.last_rank if self._took_part(member) else None,
+            arrival=member.arrival,
+        )
+
+
+def _changed(memory: Memory, **changes: object) -> Memory:
+    fields = {name: getattr(memory, name) for name in Memory.__struct_fields__}
+    return Memory(**{**fields, **changes})
+
+
+def _nodes(count: int) -> str:
+    return "1 node is" if count == 1 else f"{count} nodes are"
