@@ -268,10 +268,10 @@ class FtAgent(LocalElasticAgent):
             self._settle(worker_group, codes)
         match self._job.directive():
             case None:
-                settled = self._settled
-                waited = 0.0 if settled is None else time.monotonic() - settled.at
-                if settled is not None and settled.state is NodeState.SUCCEEDED and waited > self._exit_barrier_seconds:
-                    logger.warning("the other nodes have not finished within %g s; leaving", self._exit_barrier_seconds)
+                settled, barrier = self._settled, self._exit_barrier_seconds
+                done = settled is not None and settled.state is NodeState.SUCCEEDED and self._job.may_leave
+                if done and settled is not None and time.monotonic() - settled.at > barrier:
+                    logger.warning("the other nodes have not finished within %g s; leaving", barrier)
                     return settled.result
                 return RunResult(state=WorkerState.HEALTHY)
             case Stop():

@@ -75,6 +75,11 @@ class JobRendezvous(RendezvousHandler):
         """A descriptor that is readable when `directive` may have changed; None: it changes only by what one does."""
         return None
 
+    @property
+    def may_leave(self) -> bool:
+        """Nobody needs this launcher once its own workers have ended."""
+        return True
+
     @abstractmethod
     def directive(self) -> Directive | None:
         """Give what this node has to do; None: to go on."""
@@ -158,6 +163,8 @@ class _OwnLeader(JobRendezvous):
                     self.assigned, self._directive = message, None
                 case Waiting():
                     pass
+                case End(cause):
+                    self._directive = End(cause)  # from nowhere else than here
                 case _:
                     self._directive = message
 

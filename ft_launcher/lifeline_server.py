@@ -90,6 +90,7 @@ class LifelineServer:
         self._empty = threading.Event()
         self._empty.set()
         self._closing = False
+        self._now = time.monotonic()  # of the turn: what is done in it is as of then
         self._accept_again_at: float | None = None
         self._lock = threading.Lock()
         self._wake: int | None = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -145,26 +146,27 @@ class LifelineServer:
                 self._wake = None
 
     def _turn(self) -> None:
-        planned = self._next_instant(time.monotonic())
+        planned = self._next_instant()
         ready = self._selector.select(max(0.0, planned - time.monotonic()))
-        now = time.monotonic()
-        self._side.woke(now, planned)
+        self._now = time.monotonic()
+        self._side.woke(self._now, planned)
         for key, _ in ready:
             key.data()
         while self._to_forget:
             self._side.forget(self._to_forget.popleft())
-        for node, how in self._side.lost(now):
+        for node, how in self._side.lost(self._now):
             self._give_up(node, how)
-        while self._strangers and next(iter(self._strangers.values())) <= now:
+        while self._strangers and next(iter(self._strangers.values())) <= self._now:
             self._refuse(next(iter(self._strangers)), f"no hello within {HELLO_SECONDS:g} s")
-        if self._accept_again_at is not None and self._accept_again_at <= now:
+        if self._accept_again_at is not None and self._accept_again_at <= self._now:
             self._accept_again_at = None
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
-    def _next_instant(self, now: float) -> float:
-        # An interval at most, so that a sleep of this process shows within one: see HostSide.woke.
+    def _next_instant(self) -> float:
+        # An interval at most, so that a sleep of this process shows within one: see HostSide.woke. It counts from the
+        # last turn's beginning: counted from now, a sleep in the middle of that turn would go unseen.
         stranger = next(iter(self._strangers.values()), None)
-        instants = (now + self._beats.interval, self._side.due(), stranger, self._accept_again_at)
+        instants = (self._now + self._beats.interval, self._side.due(), stranger, self._accept_again_at)
         return min(instant for instant in instants if instant is not None)
 
     def _accept(self) -> None:
@@ -182,7 +184,7 @@ class LifelineServer:
             accepted.setblocking(False)
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._selector.register(accepted, selectors.EVENT_READ, functools.partial(self._read, connection))
-            self._strangers[connection] = time.monotonic() + HELLO_SECONDS
+            self._strangers[connection] = self._now + HELLO_SECONDS
             self._send(connection, Challenge(LIFELINE_PROTOCOL, connection.challenge))
             if len(self._strangers) > MAX_STRANGERS:
                 self._refuse(next(iter(self._strangers)), f"no hello, and {MAX_STRANGERS} others wait")
@@ -195,7 +197,7 @@ class LifelineServer:
         for connection in list(self._strangers):
             self._drop(connection)
         self._selector.unregister(self._listener)
-        self._accept_again_at = time.monotonic() + self._beats.interval / 4
+        self._accept_again_at = self._now + self._beats.interval / 4
 
     def _read(self, connection: _Connection) -> None:
         if not connection.is_open:
@@ -256,7 +258,7 @@ class LifelineServer:
         self._answer(connection, hello.node, hello.number)
 
     def _answer(self, connection: _Connection, node: str, number: int) -> None:
-        if self._side.heard(node, time.monotonic()):
+        if self._side.heard(node, self._now):
             self._send(connection, Answer(number))
         else:
             self._send(connection, Evicted())
@@ -306,7 +308,7 @@ class LifelineServer:
         lines.remove(connection)
         if not lines:
             del self._lines[connection.node]
-            self._side.closed(connection.node, time.monotonic())
+            self._side.closed(connection.node, self._now)
         if not self._lines:
             self._empty.set()
 

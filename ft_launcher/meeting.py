@@ -6,6 +6,7 @@ it joins a job that it finds there, and becomes the host where the endpoint is i
 
 import errno
 import logging
+import re
 import select
 import socket
 import threading
@@ -29,7 +30,7 @@ from ft_launcher.link import Link
 from ft_launcher.records import PROTOCOL, Announcement, Memory, Node, decode_announcement
 from ft_launcher.seal import Seal, SealBrokenError, derive_token, prefix
 
-__all__ = ["Attended", "Endpoint", "Meeting", "NobodyThereError", "parse_endpoints"]
+__all__ = ["ADVICE", "Attended", "Endpoint", "Meeting", "NobodyThereError", "parse_endpoints"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,14 @@ PATIENCE = 3.0
 REJOIN_SECONDS = 8.0
 """For how long a node whose only host was lost tries again: with the lifeline's limit this makes less than 15 s."""
 
+ADVICE = "with --rdzv-endpoint a:29400,b:29400,c:29400 the others would have gone on"
+
 SAY_EVERY = 5.0
 RETRY_SECONDS = (0.05, 1.0)
+
+
+_ENDPOINT = re.compile(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]\s]+))(?::(\d{1,5}))?")
+"""host, host:port, or [IPv6 address]:port."""
 
 
 class Endpoint(NamedTuple):
@@ -89,11 +96,9 @@ def parse_endpoints(text: str, default_port: int = DEFAULT_PORT) -> list[Endpoin
         raise UsageError("--rdzv-endpoint: several nodes need a place to meet, host:port, the same for all of them")
     endpoints = []
     for part in text.split(","):
-        host, colon, port = part.strip().rpartition(":")
-        if not colon or part.strip().endswith("]") or (":" in host and not host.startswith("[")):
-            host, port = part.strip(), str(default_port)
-        host = host.strip("[]")
-        if not host or not port.isdigit() or not 0 <= int(port) < 65536:
+        match = _ENDPOINT.fullmatch(part.strip())
+        host, port = (match[1] or match[2], match[3] or str(default_port)) if match else ("", "")
+        if not host or int(port) > 65535:
             raise UsageError(f"--rdzv-endpoint {text}: must be host:port, or several of them with commas between")
         endpoints.append(Endpoint(host, int(port)))
     return endpoints
@@ -384,7 +389,7 @@ class Meeting:
         if len(self._endpoints) == 1:
             return HostLost(
                 f"the rendezvous host at {endpoint} was lost ({self._complaints()}), and no other endpoint is known;"
-                " with --rdzv-endpoint a:29400,b:29400,c:29400 the others would have gone on"
+                f" {ADVICE}"
             )
         return HostLost(
             f"the rendezvous host at {endpoint} was lost, and no other endpoint brought enough nodes together within"

@@ -22,7 +22,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from ft_launcher import ranks
-from ft_launcher.causes import Cause
+from ft_launcher.causes import Cause, HostLost
 from ft_launcher.errors import UsageError
 from ft_launcher.formation import Settings, Timing
 from ft_launcher.job_rendezvous import (
@@ -35,7 +35,7 @@ from ft_launcher.job_rendezvous import (
 )
 from ft_launcher.lifeline import Beats
 from ft_launcher.link import HostGone
-from ft_launcher.meeting import Attended, Meeting, NobodyThereError, parse_endpoints
+from ft_launcher.meeting import ADVICE, Attended, Meeting, NobodyThereError, parse_endpoints
 from ft_launcher.policy import NodeState
 from ft_launcher.records import (
     Assigned,
@@ -251,6 +251,11 @@ class NodesRendezvous(JobRendezvous):
         """Readable when there is news."""
         return self._attended.link.fileno() if self._attended is not None else None
 
+    @property
+    def may_leave(self) -> bool:
+        """Not the host, whom the others need."""
+        return self._attended is None or self._attended.host is None
+
     def directive(self) -> Directive | None:
         """Give what this node has to do."""
         if self._attended is not None:
@@ -280,14 +285,21 @@ class NodesRendezvous(JobRendezvous):
     def leave(self, reason: str) -> None:
         """Say goodbye. The host stays until the others have left, as long as there is something to stay for."""
         self._store = None
-        attended, self._attended = self._attended, None
+        attended = self._attended
         if attended is None:
             return
-        if self._lost is None:
-            attended.link.send(Left(attended.node.id, reason))
+        host, wait = attended.host, GOODBYE_SECONDS
+        if host is not None and self._directive is None:
+            if self.meeting.has_others:
+                wait = 0.0  # the others go on at another endpoint, the sooner the better
+            else:
+                words = f"the rendezvous host {attended.title} has ended ({reason}), and no other endpoint is known"
+                self.request(HostLost(f"{words}; {ADVICE}"))
+        self._attended = None
+        attended.link.send(Left(attended.node.id, reason))
         attended.link.close()
-        if attended.host is not None:
-            attended.host.close(GOODBYE_SECONDS)
+        if host is not None:
+            host.close(wait)
 
     # -- meeting --------------------------------------------------------------------------------------------------
 
@@ -345,7 +357,7 @@ class NodesRendezvous(JobRendezvous):
     def _lose_host(self, attended: Attended | None, how: str) -> None:
         if attended is None or isinstance(self._directive, Leave | End):
             return  # it has told us all that there was to tell
-        words = LOST_WORDS.get(how, how)
+        words = "this node has given up as the host" if attended.host is not None else LOST_WORDS.get(how, how)
         logger.error("lost the rendezvous host %s: %s", attended.title, words)
         self._lost = self.meeting.index(attended.where)
         self._drop()

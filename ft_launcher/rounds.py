@@ -13,6 +13,7 @@ from ft_launcher import ranks
 from ft_launcher.causes import (
     Cause,
     Excluded,
+    HostLost,
     Hung,
     NodeLost,
     Refused,
@@ -200,6 +201,9 @@ class Job:
         member = self._members.get(node_id)
         if member is None or self.outcome is not None:
             return
+        if isinstance(cause, HostLost):
+            self._end(cause, "")
+            return
         if isinstance(cause, ShutDown):
             if round_ == self.memory.round:
                 self._end(cause, f"node {member.node.name}")
@@ -267,7 +271,12 @@ class Job:
             return inf
         if self._running:
             return self._upscales_at()
-        return min(self._forms_at(), self._gathering_since + self.settings.timing.join_timeout)
+        return min(self._forms_at(), self._gathering_since + self._patience)
+
+    @property
+    def _patience(self) -> float:
+        timing = self.settings.timing
+        return timing.failover_timeout if self.rebuilt else timing.join_timeout
 
     @property
     def is_empty(self) -> bool:
@@ -383,7 +392,7 @@ class Job:
     def _gather(self, now: float) -> None:
         if self._forms_at() <= now:
             self._form(now)
-        elif now >= self._gathering_since + self.settings.timing.join_timeout:
+        elif now >= self._gathering_since + self._patience:
             self._end(TooFewNodes(self._who_is_missing()), "")
 
     def _form(self, now: float) -> None:
@@ -456,7 +465,7 @@ class Job:
     def _who_is_missing(self) -> str:
         gathering = self._gathering()
         here = ", ".join(sorted((node.name for node in self.nodes), key=ranks.natural_key)[:20]) or "nobody"
-        seconds = self.settings.timing.join_timeout
+        seconds = self._patience
         needed = f"--nnodes asks for {gathering.min_nodes} at least"
         if gathering.ready >= gathering.min_nodes and gathering.old < gathering.old_needed:
             needed = f"{gathering.old_needed} nodes of the last round are needed, so that no other half goes on as well"

@@ -156,7 +156,7 @@ SUBPROCESS = "torch.distributed.elastic.multiprocessing.subprocess_handler.subpr
     [
         "ft_launcher.run_dir:__init__:1:return",
         "ft_launcher.monitors:_start:2:call",
-        "ft_launcher.rendezvous:next_rendezvous:1:return",
+        "ft_launcher.job_rendezvous:next_rendezvous:1:return",
         f"{SUBPROCESS}:_popen:2:call",
         "ft_launcher.agent:_start_workers:1:return",
         "ft_launcher.processes:kill_tree:1:call",
@@ -188,7 +188,7 @@ def test_L3_a_signal_after_the_end_of_the_ranks_changes_nothing(sandbox, point):
     "point",
     [
         "ft_launcher.monitors:_start:2:call",
-        "ft_launcher.rendezvous:next_rendezvous:2:call",
+        "ft_launcher.job_rendezvous:next_rendezvous:2:call",
         f"{SUBPROCESS}:_popen:2:call",
         "ft_launcher.monitors:hear:1:call",
         "ft_launcher.processes:kill_tree:1:call",

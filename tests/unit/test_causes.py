@@ -11,14 +11,18 @@ from ft_launcher.causes import (
     Cause,
     Excluded,
     Exited,
+    HostLost,
     Hung,
     LauncherSignalled,
     MonitorsFailed,
+    NodeLost,
     NotMonitored,
     OutOfMemory,
+    Refused,
     ShutDown,
     Signalled,
     Stopped,
+    TooFewNodes,
     Unkillable,
     exit_code,
     from_returncode,
@@ -43,6 +47,11 @@ CAUSES: st.SearchStrategy[Cause] = st.one_of(
     st.builds(MonitorsFailed, st.text()),
     st.builds(NotMonitored),
     st.builds(Unkillable, st.integers(1, 2**22), st.sampled_from("DSTZ"), st.text()),
+    st.builds(NodeLost, st.text(), st.text()),
+    # A cause without a word would say nothing; the launcher has one for each.
+    st.builds(HostLost, st.text(min_size=1)),
+    st.builds(TooFewNodes, st.text(min_size=1)),
+    st.builds(Refused, st.text(min_size=1)),
 )
 
 
@@ -85,6 +94,10 @@ SENTENCES = [
         "process 42 (rank) does not die of SIGKILL: state D (uninterruptible: the kernel, usually a driver, holds it)",
     ),
     (Unkillable(42, "S"), "process 42 does not die of SIGKILL: state S"),
+    (NodeLost("n2", "its launcher died"), "node n2 was lost: its launcher died"),
+    (HostLost("the host n1 was lost"), "the host n1 was lost"),
+    (TooFewNodes("1 node is there"), "1 node is there"),
+    (Refused("n1 has --nnodes 2, n2 3"), "n1 has --nnodes 2, n2 3"),
 ]
 
 
@@ -130,13 +143,15 @@ def test_only_a_clean_exit_gives_0_and_every_other_cause_gives_a_code_in_both_st
         code = exit_code(cause, style)
         assert (code == 0) == (cause == Exited(0))
         assert 0 <= code <= 128 + 64
-        assert code != 2  # the code for a wrong command line
+        # The code for a wrong command line, which two nodes can have only together.
+        assert (code == 2) == isinstance(cause, Refused)
 
 
 @given(CAUSES)
 def test_in_torchruns_style_every_failure_is_1(cause):
-    expected = 128 + cause.signum if isinstance(cause, LauncherSignalled) else int(cause != Exited(0))
-    assert exit_code(cause) == expected
+    if isinstance(cause, LauncherSignalled | Refused):
+        return  # these have codes of their own
+    assert exit_code(cause) == int(cause != Exited(0))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +167,10 @@ def test_in_torchruns_style_every_failure_is_1(cause):
         (Hung(""), 1),
         (OutOfMemory(), 1),
         (NotMonitored(), 1),
+        (HostLost(""), 75),
+        (TooFewNodes(""), 75),
+        (NodeLost("", ""), 1),
+        (Refused(""), 2),
         (Exited(0), 0),
     ],
 )
@@ -191,7 +210,19 @@ def test_of_equals_the_first_in_time_is_the_root():
 
 
 @pytest.mark.parametrize(
-    "end", [LauncherSignalled(15), Excluded(), ShutDown(), MonitorsFailed(""), NotMonitored(), Unkillable(1, "D")]
+    "end",
+    [
+        LauncherSignalled(15),
+        Excluded(),
+        ShutDown(),
+        MonitorsFailed(""),
+        NotMonitored(),
+        Unkillable(1, "D"),
+        NodeLost("", ""),
+        HostLost(""),
+        TooFewNodes(""),
+        Refused(""),
+    ],
 )
 @given(causes=st.lists(OF_RANKS))
 def test_what_ends_the_node_comes_before_what_its_ranks_did(end, causes):

@@ -469,17 +469,20 @@ class SimulatedNode:
         clock.at(clock.now, self._turn)
 
     def _turn(self) -> None:
-        if self.side.lost is not None or self.clock.now < self._planned:
+        if self._has_lost_it() or self.clock.now < self._planned:
             return
         for wish in self.side.wishes(self.clock.now):
             if wish is Wish.BEAT and self._line is not None:
                 self._send(self._line)
             elif wish is Wish.CONNECT:
                 self._connect()
-        if self.side.lost is not None:
+        if self._has_lost_it():
             self.fenced_at = self.clock.now
-            return
-        self._plan()
+        else:
+            self._plan()
+
+    def _has_lost_it(self) -> bool:
+        return self.side.lost is not None
 
     def _plan(self) -> None:
         self._planned = self.side.due()
