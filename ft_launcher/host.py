@@ -78,6 +78,7 @@ class Host:
         self._reports = connect_store(self.address, self.port)
         self._seal = seal
         self._leader = Leader(Job(settings, node, time.monotonic(), memory))
+        self._leader.job.address_of = self._address_of
         self._told_round = self._leader.job.memory.round
         self._is_closing = False
         self._is_rebuilt = memory is not None
@@ -107,6 +108,12 @@ class Host:
             self._thread.join(5.0)
         self.lifelines.close()
         del self._store, self._reports
+
+    def _address_of(self, node: Node) -> str:
+        """Give the node's address for others; one on this machine may know it only by a name that is loopback here."""
+        if node.address in LOOPBACK.values() or node.address.startswith("127."):
+            return self.lifelines.address_seen() or node.address
+        return node.address
 
     # -- on other threads -----------------------------------------------------------------------------------------
 

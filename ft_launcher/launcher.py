@@ -159,10 +159,8 @@ def _token(arguments: argparse.Namespace, options: ConfigOptions) -> bytes | Non
     token = os.environ.pop("FT_TOKEN", "").encode() or None
     if options.token_file is not None:
         token = read_token(options.token_file)
-    if token is None and arguments.nnodes not in ("1", "1:1"):
-        if options.require_auth:
-            raise UsageError("--ft-require-auth: no secret is given; use --ft-token-file or the variable FT_TOKEN")
-        logger.info("no --ft-token-file: whoever reaches the rendezvous port and knows the run id could join")
+    if token is None and options.require_auth and arguments.nnodes not in ("1", "1:1"):
+        raise UsageError("--ft-require-auth: no secret is given; use --ft-token-file or the variable FT_TOKEN")
     return token
 
 

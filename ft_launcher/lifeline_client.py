@@ -83,6 +83,7 @@ class Lifeline:
         self._reason = "no answer"
         self._settled = threading.Event()
         self._closing = False
+        self._says_goodbye = True
         self._lock = threading.Lock()
         self._wake: int | None = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector = selectors.DefaultSelector()
@@ -105,8 +106,9 @@ class Lifeline:
         """Until when this node may train, as far as it knows."""
         return self._side.lease_until
 
-    def close(self) -> None:
-        """Say goodbye, so that the host does not miss this node, and end the connection."""
+    def close(self, *, goodbye: bool = True) -> None:
+        """Say goodbye, so that the host does not miss this node, and end the connection. Without it, it is missed."""
+        self._says_goodbye = goodbye
         self._closing = True
         with self._lock:
             if self._wake is not None:
@@ -130,7 +132,7 @@ class Lifeline:
             self._on_lost(how)
 
     def _end(self) -> None:
-        if self._closing and self._side.lost is None and self._lifeline is not None:
+        if self._closing and self._says_goodbye and self._side.lost is None and self._lifeline is not None:
             self._say_goodbye(self._lifeline)
         for connection in [*self._attempts, *([self._lifeline] if self._lifeline is not None else [])]:
             connection.socket.close()

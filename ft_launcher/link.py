@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from queue import SimpleQueue
+from typing import TypeVar, cast
 
 import msgspec
 from torch._C._distributed_c10d import TCPStore
@@ -19,9 +20,11 @@ from ft_launcher.lifeline_client import Lifeline
 from ft_launcher.records import Event, Message
 from ft_launcher.seal import Seal, SealBrokenError
 
-__all__ = ["CONNECT_SECONDS", "HostGone", "Link", "connect_store"]
+__all__ = ["CONNECT_SECONDS", "HostGone", "Link", "bounded", "connect_store"]
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 CONNECT_SECONDS = 5.0
 """For a connection to a store whose port has answered: a frozen host answers with its kernel only."""
@@ -37,8 +40,33 @@ class HostGone(msgspec.Struct, frozen=True):
 
 
 def connect_store(address: str, port: int, seconds: float = CONNECT_SECONDS) -> TCPStore:
-    """Give a client of the store there. Raises torch's DistError."""
-    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
+    """Give a client of the store there. Raises torch's DistError, TimeoutError where somebody listens and is silent."""
+    # Torch limits the time of the connection and not that of the handshake after it.
+    return bounded(
+        lambda: TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds)),
+        seconds,
+    )
+
+
+def bounded(call: Callable[[], _T], seconds: float) -> _T:
+    """Give the result of `call`, on a thread that is left behind with TimeoutError when that takes too long."""
+    done: list[tuple[_T | None, Exception | None]] = []
+
+    def run() -> None:
+        try:
+            done.append((call(), None))
+        except Exception as error:  # noqa: BLE001 (raised below)
+            done.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True, name="ft_launcher call")
+    thread.start()
+    thread.join(seconds)
+    if not done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    result, error = done[0]
+    if error is not None:
+        raise error
+    return cast("_T", result)
 
 
 class Link:
@@ -54,7 +82,7 @@ class Link:
         beats: Beats,
         on_lease: Callable[[float], None] | None = None,
     ) -> None:
-        """Connect to the host at the numeric address and port `where`. Raises DistError or ConnectionError."""
+        """Connect to the host at the numeric address and port `where`. Raises DistError or OSError."""
         self._keys, self._seal, self._node_id = keys, seal, node_id
         self._news: deque[Message | HostGone] = deque()
         self._gone = threading.Event()
@@ -101,9 +129,11 @@ class Link:
     def close(self) -> None:
         """Say goodbye on the lifeline, behind all that was sent, and end the threads where the host still answers."""
         self._outgoing.put(None)
-        for thread in () if self._gone.is_set() else self._threads:
+        is_gone = self._gone.is_set()
+        for thread in () if is_gone else self._threads:
             thread.join(CONNECT_SECONDS)
-        self.lifeline.close()
+        # A goodbye stands for the Left that was sent: a host that never got that must miss this node.
+        self.lifeline.close(goodbye=not is_gone)
         # A thread that still waits for a host that is gone may write to it: the descriptor stays open for that one.
         if not any(thread.is_alive() for thread in self._threads):
             os.close(self._eventfd)

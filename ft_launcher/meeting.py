@@ -9,7 +9,6 @@ import logging
 import re
 import select
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from datetime import timedelta
 from typing import NamedTuple
 
 import msgspec
-from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
 from ft_launcher.causes import HostLost, Refused, TooFewNodes
@@ -26,7 +24,7 @@ from ft_launcher.exchange import Keys
 from ft_launcher.formation import Settings
 from ft_launcher.host import ANNOUNCEMENT, Host, announcement_seal
 from ft_launcher.lifeline import Beats
-from ft_launcher.link import Link
+from ft_launcher.link import Link, bounded, connect_store
 from ft_launcher.records import PROTOCOL, Announcement, Memory, Node, decode_announcement
 from ft_launcher.seal import Seal, SealBrokenError, derive_token, prefix
 
@@ -162,6 +160,11 @@ class Meeting:
             delay = min(2 * delay, RETRY_SECONDS[1])
 
     @property
+    def has_token(self) -> bool:
+        """The nodes share a secret."""
+        return self._token is not None
+
+    @property
     def has_others(self) -> bool:
         """There is more than one endpoint."""
         return len(self._endpoints) > 1
@@ -205,11 +208,11 @@ class Meeting:
                 self._why[index] = _reason(error)
                 continue
             try:
-                store = TCPStore(address, endpoint.port, is_master=False, timeout=timedelta(seconds=LOOK_SECONDS))
+                store = connect_store(address, endpoint.port, LOOK_SECONDS)
                 store.wait([ANNOUNCEMENT], timedelta(seconds=LOOK_SECONDS))
                 body = announcement_seal(self._token).open(ANNOUNCEMENT, store.get(ANNOUNCEMENT))
                 announcement = decode_announcement(body)
-            except DistError:
+            except (DistError, TimeoutError):
                 self._why[index] = "something answers there that is not the store of an ft_launcher job"
                 continue
             except SealBrokenError:
@@ -247,7 +250,7 @@ class Meeting:
         where = (look.address, self._endpoints[look.endpoint].port)
         try:
             link = Link(where, look.announcement.lifeline_port, node_id, keys, self._seal, self._beats, self._on_lease)
-        except (DistError, ConnectionError) as error:
+        except (DistError, OSError) as error:
             self._why[look.endpoint] = " ".join(str(error).split("\n")[0].split())
             return None
         address = self._node.address or (host.address if host is not None else link.local_address)
@@ -320,11 +323,11 @@ class Meeting:
         """Give the numeric addresses of the endpoint; a resolver is asked once, and not waited for longer than 5 s."""
         if index not in self._addresses:
             endpoint = self._endpoints[index]
-            answer: list[str] | OSError | None = _resolve(endpoint.host, 5.0)
+            answer = _resolve(endpoint.host, 5.0)
             if isinstance(answer, list):
                 self._addresses[index] = answer
                 self._refuse_foreign_loopback(endpoint, answer)
-            elif answer is None:
+            elif isinstance(answer, TimeoutError):
                 self._why[index] = f"the name {endpoint.host} was not resolved within 5 s; give a numeric address"
             else:
                 self._why[index] = f"the name {endpoint.host} cannot be resolved ({answer.strerror})"
@@ -397,21 +400,13 @@ class Meeting:
         )
 
 
-def _resolve(host: str, seconds: float) -> list[str] | OSError | None:
-    answer: list[list[str] | OSError] = []
-
-    def ask() -> None:
-        try:
-            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            answer.append(list(dict.fromkeys(str(each[4][0]) for each in found)))
-        except OSError as error:
-            answer.append(error)
-
-    # The C library's resolver cannot be interrupted, only left behind.
-    thread = threading.Thread(target=ask, daemon=True, name="ft_launcher resolver")
-    thread.start()
-    thread.join(seconds)
-    return answer[0] if answer else None
+def _resolve(host: str, seconds: float) -> list[str] | OSError:
+    try:
+        # The C library's resolver cannot be interrupted, only left behind.
+        found = bounded(lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM), seconds)
+    except OSError as error:
+        return error
+    return list(dict.fromkeys(str(each[4][0]) for each in found))
 
 
 def _reason(error: OSError) -> str:

@@ -21,7 +21,7 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from ft_launcher import ranks
+from ft_launcher import ranks, torch_flags
 from ft_launcher.causes import Cause, HostLost
 from ft_launcher.errors import UsageError
 from ft_launcher.formation import Settings, Timing
@@ -65,6 +65,14 @@ LOOK_AROUND_SECONDS = 2.0
 
 GOODBYE_SECONDS = 5.0
 """How long the host stays for the others when the job is over, or when it was told to end."""
+
+KNOWN_KEYS = {
+    *("last_call_timeout", "join_timeout", "min_uptime", "failover_timeout", "keep_alive_interval"),
+    *("keep_alive_max_attempt", "is_host", "upscaling_enabled"),
+    # torchrun's and nvidia-resiliency-ext's, for which there is no use here
+    *("timeout", "rank", "close_timeout", "read_timeout", "heartbeat_timeout", "store_type", "use_libuv"),
+    *("store_connect_wait_seconds", "replacement_group_size"),
+}
 
 LOST_WORDS = {
     "closed": "its launcher died",
@@ -140,6 +148,10 @@ def _of_nodes(
     parameters: RendezvousParameters, terms: JobTerms, environ: Mapping[str, str], node: Node, *, static: bool
 ) -> "NodesRendezvous":
     endpoints = parse_endpoints(parameters.endpoint)
+
+    for key in sorted(parameters.config.keys() - KNOWN_KEYS):
+        near = torch_flags.nearest(key, sorted(KNOWN_KEYS))
+        logger.warning("--rdzv-conf %s: has no effect%s", key, f"; did you mean {near}?" if near else "")
 
     def seconds(key: str, default: float) -> float:
         text = parameters.get(key, default)
@@ -311,7 +323,10 @@ class NodesRendezvous(JobRendezvous):
             self._directive = End(error.cause)
             raise RendezvousGracefulExitError(str(error)) from None
         self._attended, self._directive = attended, None
-        what = "this node is the host" if attended.host is not None else f"the host is {attended.title}"
+        what = f"the host is {attended.title}"
+        if attended.host is not None:
+            open_to_all = "" if self.meeting.has_token else "; without --ft-token-file, who knows the run id can join"
+            what = f"this node is the host{open_to_all}"
         logger.info("joined job %s: %s", self._run_id, what)
         attended.link.send(Joined(attended.node, self._memory, self._group_rank))
         return attended

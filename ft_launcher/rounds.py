@@ -4,7 +4,7 @@ No clock, store or socket is here. The decisions themselves are small functions 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import inf
 
 from msgspec import Struct
@@ -61,7 +61,7 @@ class Placed(Struct, frozen=True):
 class _Member(Struct):
     node: Node
     arrival: int
-    last_round: int = -1  # in which it took part
+    last_round: tuple[int, int] | None = None  # in which it took part, with its epoch
     last_rank: int | None = None  # its group rank there
     store_port: int | None = None  # ready, if not None
 
@@ -73,17 +73,20 @@ class Job:
         """`memory`: what this host remembers of a job whose former host was lost."""
         self.settings = settings
         self.host = host
-        self.memory = memory or Memory()
-        self.rebuilt = memory is not None
-        self.reason = Reason("host_lost", "the rendezvous host was lost") if self.rebuilt else Reason("")
+        self.memory = Memory()
+        self.rebuilt = False
+        self.reason = Reason("")
         self.placement: list[Placed] = []
+        self.address_of: Callable[[Node], str] = lambda node: node.address
         self.outcome: End | None = None
         self.warnings: list[str] = []
         self._charged = False  # the incident that ended the last round was counted
-        self._must_charge = self.rebuilt
+        self._must_charge = False
         self._members: dict[str, _Member] = {}
         self._by_rank: dict[int, str] = {}  # ids of live nodes by the rank that the infrastructure gave them
+        self._by_place: dict[tuple[tuple[int, int], int], str] = {}  # ids by last round and group rank there
         self._gone: set[str] = set()
+        self._departed = 0  # nodes of the last round that have left for good, and so will not meet elsewhere
         self._arrivals = 0
         self._ready = 0
         self._running = False
@@ -95,6 +98,8 @@ class Job:
         self._round_since = now
         self._untold: list[str] = []  # newcomers for whom there is perhaps no place now
         self._mail: list[tuple[str, Message]] = []
+        if memory is not None:
+            self._rebuild(memory, now)
 
     # -- what happened --------------------------------------------------------------------------------------------
 
@@ -102,7 +107,7 @@ class Job:
         """Take note of `event`. What to do about it, `decide` says."""
         match event:
             case Joined(node, memory, group_rank):
-                self._join(node, memory, group_rank)
+                self._join(node, now, memory, group_rank)
             case Ready(node, store_port):
                 self._become_ready(node, store_port, now)
             case Reported():
@@ -118,15 +123,19 @@ class Job:
         member = self._members.get(node_id)
         return member.node.name if member else node_id
 
-    def _join(self, node: Node, memory: Memory | None, group_rank: int | None) -> None:
+    def _join(self, node: Node, now: float, memory: Memory | None, group_rank: int | None) -> None:
         if node.id in self._gone or node.id in self._members:
             return
+        former = self._by_place.get(((memory.epoch, memory.round), group_rank or 0)) if memory is not None else None
+        if former in self._members:
+            # It is the same launcher, under a new id, and was faster than the news of its loss.
+            self._lose(former, "it lost contact")
         if self.outcome is not None:
             self._mail.append((node.id, self.outcome))
             self._add(node)
             return
         excluded = self.memory.excluded
-        if any(node.id == each or (memory is None and node.name == name) for each, name in excluded):
+        if any(each in (node.id, former) or (memory is None and node.name == name) for each, name in excluded):
             self._refuse(node, Excluded(f"node {node.name} was excluded from this job before"))
             return
         holder = self._members.get(self._by_rank.get(node.infra_rank, "")) if node.infra_rank is not None else None
@@ -145,10 +154,26 @@ class Job:
             return
         self._add(node)
         if memory is not None and group_rank is not None:
-            if self.rebuilt and (memory.epoch, memory.round) > (self.memory.epoch, self.memory.round):
-                self.memory = memory
-            member = self._members[node.id]
-            member.last_round, member.last_rank = memory.round, group_rank
+            self._recall(node.id, memory, group_rank, now)
+
+    def _recall(self, node_id: str, memory: Memory, group_rank: int, now: float) -> None:
+        if self.rebuilt:
+            if (memory.epoch, memory.round) > (self.memory.epoch, self.memory.round):
+                excluded = dict.fromkeys((*memory.excluded, *self.memory.excluded))
+                self.memory = _changed(memory, excluded=tuple(excluded))
+                self._departed = 0
+        elif self.memory.round < 0:
+            self._rebuild(memory, now)  # this host itself has never taken part
+        self._place(self._members[node_id], (memory.epoch, memory.round), group_rank)
+
+    def _rebuild(self, memory: Memory, now: float) -> None:
+        """Go on with a job whose former host was lost."""
+        self.memory, self.rebuilt, self._must_charge, self._gathering_since = memory, True, True, now
+        self.reason = Reason("host_lost", "the rendezvous host was lost")
+
+    def _place(self, member: _Member, last_round: tuple[int, int], group_rank: int) -> None:
+        member.last_round, member.last_rank = last_round, group_rank
+        self._by_place[last_round, group_rank] = member.node.id
 
     def _add(self, node: Node) -> None:
         self._members[node.id] = _Member(node, self._arrivals)
@@ -157,7 +182,7 @@ class Job:
             self._by_rank.setdefault(node.infra_rank, node.id)
 
     def _took_part(self, member: _Member) -> bool:
-        return member.last_round == self.memory.round >= 0
+        return member.last_round == (self.memory.epoch, self.memory.round)
 
     def _refuse(self, node: Node, cause: Cause) -> None:
         self._gone.add(node.id)
@@ -213,10 +238,11 @@ class Job:
         excluded = (*self.memory.excluded, (node_id, name))
         self.memory = _changed(self.memory, excluded=excluded)
         self._mail.append((node_id, Leave(cause)))
-        if self._charged and not self._running and self._failures.keys() <= {node_id}:
+        if self._failures.pop(node_id, None) is not None and not self._failures:
             # Its ranks had failed of the same thing, and were seen first.
+            self.reason, self._culprit = Reason(""), None
+            self.memory = _changed(self.memory, restarts=self.memory.restarts - self._charged)
             self._charged = False
-            self.memory = _changed(self.memory, restarts=self.memory.restarts - 1)
         self._remove(node_id, Reason("node_excluded", f"node {name}: {sentence(cause)}"))
         left, needed = len(self._members), self.settings.terms.min_nodes
         if not left:
@@ -243,6 +269,7 @@ class Job:
                 self._enough_since = None
         if self._by_rank.get(member.node.infra_rank or 0) == node_id:
             del self._by_rank[member.node.infra_rank or 0]
+        self._departed += self._took_part(member) and not how
         if self._running and self._states.get(node_id) in (NodeState.HEALTHY, NodeState.FAILED):
             if how:
                 cause = NodeLost(member.node.name, how)
@@ -252,6 +279,9 @@ class Job:
             self.reason = stronger(self.reason, reason)
         elif not self._running and self._took_part(member) and self.outcome is None:
             self.reason = stronger(self.reason, reason)
+            if how:
+                self._failures[node_id] = reason
+                self._must_charge |= not self._charged
 
     # -- what to do about it --------------------------------------------------------------------------------------
 
@@ -302,7 +332,7 @@ class Job:
         if self._running or self.outcome is not None or self.memory.round < 0 or self.rebuilt:
             return False
         old = sum(map(self._took_part, self._members.values()))
-        return old < quorum(self.memory.nodes, rebuilt=False, endpoints=self.settings.endpoints)
+        return old < quorum(self.memory.nodes, rebuilt=False, endpoints=self.settings.endpoints) - self._departed
 
     def _judge(self, now: float) -> None:
         terms = self.settings.terms
@@ -336,6 +366,8 @@ class Job:
         full = len(self._states) >= terms.max_nodes
         if not self._ready or full or not self.settings.upscaling or terms.restart_policy == "min-healthy":
             return inf
+        if NodeState.SUCCEEDED in self._states.values():
+            return inf  # ranks that have finished would run again
         return self._round_since + timing.min_uptime
 
     def _restart(self, now: float, *, counted: bool) -> None:
@@ -367,6 +399,7 @@ class Job:
             else:
                 old = sum(self._took_part(each) for each in self._members.values() if each.store_port is not None)
                 needed = quorum(self.memory.nodes, rebuilt=self.rebuilt, endpoints=self.settings.endpoints)
+                needed -= self._departed
         return Gathering(
             ready=self._ready,
             live=len(self._members),
@@ -418,6 +451,8 @@ class Job:
             world_size += node.local_world_size
             roles[node.role] += node.local_world_size
         prev_world_size = self.memory.world_size
+        self._by_place.clear()
+        self._departed = 0
         self.memory = _changed(
             self.memory,
             epoch=self.memory.epoch + self.rebuilt,
@@ -425,7 +460,7 @@ class Job:
             nodes=len(order),
             world_size=world_size,
         )
-        store_address, store_port = ready[order[0]].node.address, ready[order[0]].store_port or 0
+        store_address, store_port = self.address_of(ready[order[0]].node), ready[order[0]].store_port or 0
         for placed, role_rank in zip(self.placement, role_ranks, strict=True):
             member = ready[placed.node.id]
             assigned = Assigned(
@@ -442,7 +477,8 @@ class Job:
                 memory=self.memory,
             )
             self._mail.append((placed.node.id, assigned))
-            member.last_rank, member.last_round, member.store_port = placed.group_rank, self.memory.round, None
+            member.store_port = None
+            self._place(member, (self.memory.epoch, self.memory.round), placed.group_rank)
         self._ready = len(spares)
         self._states = dict.fromkeys(order, NodeState.HEALTHY)
         self._untold = list(spares)
