@@ -20,7 +20,13 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore  # where
 from torch.distributed import run as torchrun
 from torch.distributed.argparse_util import env
 from torch.distributed.elastic import events, metrics
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    Worker,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.metrics.api import MetricsConfig
 from torch.distributed.elastic.multiprocessing.api import (
@@ -56,6 +62,8 @@ HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
         ("_setup_local_watchdog", ["self", "envs"]),
         ("_start_workers", ["self", "worker_group"]),
         ("_monitor_workers", ["self", "worker_group"]),
+        ("_assign_worker_ranks", ["self", "store", "group_rank", "group_world_size", "spec"]),
+        ("_exit_barrier", ["self"]),
     ],
 )
 def test_the_methods_we_override_have_the_parameters_that_we_take(name: str, expected: list[str]) -> None:
@@ -92,6 +100,7 @@ def test_stop_workers_takes_the_group_and_nothing_else_that_it_must_be_given() -
         (ChildFailedError, ("name", {}), {}),
         (SignalException, ("text",), {"sigval": signal.SIGTERM}),
         (RunResult, (WorkerState.FAILED,), {"failures": {}}),
+        (Worker, (0,), {"global_rank": 2, "role_rank": 2, "world_size": 4, "role_world_size": 4}),
         (record, ("function",), {}),
         (events.record, ("event", "null"), {}),
         (metrics.initialize_metrics, ("config",), {}),
@@ -240,6 +249,7 @@ class _Alone(RendezvousHandler):
     def __init__(self, calls: list[str], leave_in_round: int | None = None) -> None:
         self._calls = calls
         self._leave_in_round = leave_in_round
+        self.is_over_in_round: int | None = None
         self.rounds = 0
 
     def get_backend(self) -> str:
@@ -263,7 +273,7 @@ class _Alone(RendezvousHandler):
         pass
 
     def num_nodes_waiting(self) -> int:
-        return 0
+        return int(self.rounds == self.is_over_in_round)
 
     def get_run_id(self) -> str:
         return "seams"
@@ -491,6 +501,32 @@ def test_a_restart_stops_meets_and_starts_with_another_store(seams: _Seams, fifo
     assert lines == [f"0 {HOST} 50001 True", f"1 {HOST} 50002 True"], (
         f"workers are no longer sent to the store that this round's RendezvousInfo names: {lines}"
     )
+
+
+def test_ranks_of_ours_are_those_of_the_workers_and_the_barrier_is_asked_for_once(
+    seams: _Seams, fifo: _Fifo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = [Worker(local_rank=0, global_rank=6, role_rank=6, world_size=8, role_world_size=8)]
+    monkeypatch.setattr(_Agent, "_assign_worker_ranks", lambda *_: ours, raising=False)
+    monkeypatch.setattr(_Agent, "_exit_barrier", lambda self: self._calls.append("barrier"), raising=False)
+    result = seams.agent(f'echo "$RANK $WORLD_SIZE $ROLE_RANK" >{fifo.path}').run()
+    assert fifo.line() == "6 8 6\n", "the Workers of _assign_worker_ranks no longer make the workers' environment"
+    assert result.state == WorkerState.SUCCEEDED
+    assert seams.calls.count("barrier") == 1, "_exit_barrier is no longer what a node that succeeded waits in"
+
+
+def test_a_node_that_waits_restarts_the_workers_without_using_a_restart(seams: _Seams, fifo: _Fifo) -> None:
+    handler = _Alone(seams.calls)
+    handler.is_over_in_round = 1
+
+    def run_on(_: _Agent) -> RunResult | None:
+        return RunResult(WorkerState.HEALTHY) if handler.rounds == 1 else None
+
+    agent = seams.agent(f'echo "$TORCHELASTIC_RESTART_COUNT" >{fifo.path}', run_on, handler=handler)
+    result = agent.run()
+    assert handler.rounds == 2, "num_nodes_waiting() no longer makes torch restart healthy workers"
+    assert result.state == WorkerState.SUCCEEDED
+    assert agent._remaining_restarts == 0, "a change of membership now uses a restart"
 
 
 def test_leaving_the_rendezvous_ends_the_run_with_none(seams: _Seams) -> None:
