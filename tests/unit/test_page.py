@@ -101,8 +101,10 @@ def test_what_a_page_said_moves_to_another_but_for_the_monitors_own_stamp(pages)
     private.begin()
     private.stamps[private.section_slot("step")] = 9_000_000_000
     private.stamps[Slot.LOOKED] = 1
+    writer.stamps[Slot.LEASE] = 8
     writer.copy_from(private)
     private.close()
+    assert reader.read().lease == pytest.approx(8e-9)
     assert reader.read().open_sections == {"step": pytest.approx(9.0)}
     assert reader.stamps[Slot.LOOKED] == 7
     assert writer.section_slot("step") == 8

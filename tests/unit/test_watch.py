@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ft_launcher.watch import Deadline, Lag, Limits, Stamps, deadline, evidence_at, next_look
 
@@ -163,6 +164,21 @@ def test_a_rank_without_deadlines_is_looked_at_no_more_often_than_asked(limits, 
     smallest = limits.smallest()
     expected = now + (2.0 if smallest is None else min(2.0, smallest / 2))
     assert next_look(None, limits, now, at_most=2.0) == expected
+
+
+@given(STAMPS, LIMITS, INSTANTS, st.lists(st.builds(Lag, ended_at=INSTANTS, seconds=st.floats(0.25, 10)), max_size=3))
+def test_N3_a_lease_that_ended_is_a_deadline_in_every_phase_and_no_lag_extends_it(stamps, limits, lease, lags):
+    with_lease = structs.replace(stamps, lease=lease)
+    found = due(with_lease, limits, lags=tuple(lags))
+    assert found.at <= lease
+    assert found.at == lease or not found.is_fence
+    assert deadline(stamps, limits, 100.0, job_connected=True) is None or not due(stamps, limits).is_fence
+
+
+def test_N3_a_fenced_rank_is_told_apart_from_a_hung_one():
+    found = due(Stamps(lease=101, teardown=100))
+    assert (found.at, found.is_fence) == (101, True)
+    assert found.sentence(102) == "its node lost contact with the other nodes, which may start anew without it"
 
 
 def test_the_sentence_says_what_for_how_long_and_the_limit():
