@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ft_launcher import quiet_torch  # noqa: F401  # isort: skip  # before anything else of torch
 from torch.distributed import run as torchrun
 from torch.distributed.argparse_util import env
 from torch.distributed.elastic.multiprocessing.errors import record

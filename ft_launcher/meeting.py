@@ -142,6 +142,9 @@ class Meeting:
         order = list(range(len(self._endpoints)))
         if lost is not None:
             order = order[lost + 1 :] + order[: lost + 1]
+        # A machine that was replaced keeps its name and gets another address.
+        self._addresses.clear()
+        self._mine.clear()
         began = self._said_at = time.monotonic()
         limit = self._limit(lost)
         delay = RETRY_SECONDS[0]
