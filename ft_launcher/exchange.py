@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 GAP_SECONDS = 0.2
 """A node that has taken its place in the log fills it within microseconds, or has died in between."""
 
+MAIL_AT_ONCE = 128
+"""Messages that the leader writes in one operation: the store delivers them while the next ones are sealed."""
+
 _GAP = b"gap"
 _CLOSED = b"closed"
 
@@ -122,15 +125,22 @@ def fill_gap(keys: Keys, slot: int) -> Steps[None]:
 
 def receive(keys: Keys, seal: Seal, node_id: str, number: int) -> Steps[Message | None]:
     """Give the `number`-th message for the node, None when the mailbox was closed. ValueError for a forged one."""
+    if number:
+        yield Delete(keys.mail(node_id, number - 1))  # only now, so that the message need not wait for it
     key = keys.mail(node_id, number)
     value = yield Get(key)
-    yield Delete(key)
-    return None if value == _CLOSED else decode_message(seal.open(key, value))
+    try:
+        body = seal.open(key, value)
+        return None if body == _CLOSED else decode_message(body)
+    except (ValueError, msgspec.MsgspecError):
+        yield Delete(key)  # the leader's own may still come
+        raise
 
 
-def close_mailbox(keys: Keys, node_id: str, number: int) -> Steps[None]:
+def close_mailbox(keys: Keys, seal: Seal, node_id: str, number: int) -> Steps[None]:
     """End the `receive` of this number."""
-    yield CompareSet(keys.mail(node_id, number), _CLOSED)
+    key = keys.mail(node_id, number)
+    yield CompareSet(key, seal.seal(key, _CLOSED))
 
 
 class Leader:
@@ -155,18 +165,21 @@ def lead(keys: Keys, seal: Seal, leader: Leader, on_change: Callable[[Job], bool
                 job.apply(event, now)
         else:
             now = yield Now()
-        mail = job.decide(now)
-        if mail:
-            names, values = [], []
-            for node_id, message in mail:
-                number = leader.sent.get(node_id, 0)
-                leader.sent[node_id] = number + 1
-                key = keys.mail(node_id, number)
-                names.append(key)
-                values.append(seal.seal(key, encode(message)))
-            yield MultiSet(names, values)
+        yield from _write(keys, seal, leader, job.decide(now))
         if on_change(job):
             return
+
+
+def _write(keys: Keys, seal: Seal, leader: Leader, mail: list[tuple[str, Message]]) -> Steps[None]:
+    for start in range(0, len(mail), MAIL_AT_ONCE):
+        names, values = [], []
+        for node_id, message in mail[start : start + MAIL_AT_ONCE]:
+            number = leader.sent.get(node_id, 0)
+            leader.sent[node_id] = number + 1
+            key = keys.mail(node_id, number)
+            names.append(key)
+            values.append(seal.seal(key, encode(message)))
+        yield MultiSet(names, values)
 
 
 def _read(keys: Keys, seal: Seal, leader: Leader) -> Steps[list[Event]]:
@@ -215,16 +228,17 @@ def _perform(operation: Operation, store: "TCPStore", now: Callable[[], float]) 
             return now()
         case Add(key, amount):
             return store.add(key, amount)
-        case CompareSet(key, value):
-            return store.compare_set(key, "", value)  # type: ignore[arg-type]  # torch takes bytes too
+        case CompareSet(key, desired):
+            return store.compare_set(key, "", desired)  # type: ignore[arg-type]  # torch takes bytes too
         case Get(key):
-            while not _is_there([key], inf, store):
-                pass
-            return store.get(key)
+            value: bytes | None = None
+            while value is None:
+                value = _unless_late(store, inf, lambda: store.get(key))
+            return value
         case Wait(key, seconds):
             return _is_there([key], seconds, store)
         case MultiGet(keys, seconds):
-            return store.multi_get(keys) if _is_there(keys, seconds, store) else None
+            return _unless_late(store, seconds, lambda: store.multi_get(keys))
         case MultiSet(keys, values):
             store.multi_set(keys, values)  # type: ignore[attr-defined]  # torch's stub has forgotten it
         case Delete(key):
@@ -233,14 +247,20 @@ def _perform(operation: Operation, store: "TCPStore", now: Callable[[], float]) 
 
 
 def _is_there(keys: list[str], seconds: float, store: "TCPStore") -> bool:
-    from torch.distributed import DistNetworkError, DistStoreError
-
     if seconds <= 0:
         return bool(store.check(keys))
+    return _unless_late(store, seconds, lambda: store.wait(keys) or True) is not None
+
+
+def _unless_late(store: "TCPStore", seconds: float, read: Callable[[], _T]) -> _T | None:
+    """Give what `read` reads, None when that is not there within so many seconds.
+
+    Torch's get waits by itself for as long as the store's timeout says: one round trip less than after a wait.
+    """
+    from torch.distributed import DistStoreError
+
+    store.set_timeout(_LONG if seconds == inf else timedelta(seconds=seconds))
     try:
-        store.wait(keys, _LONG if seconds == inf else timedelta(seconds=seconds))
-    except DistNetworkError:
-        raise
+        return read()
     except DistStoreError:
-        return False
-    return True
+        return None

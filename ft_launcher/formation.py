@@ -1,5 +1,6 @@
 """When a round forms, who may go on without whom, and what all nodes must have been told alike."""
 
+from collections.abc import Sequence
 from math import inf
 from typing import get_args
 
@@ -7,7 +8,17 @@ from msgspec import Struct
 
 from ft_launcher.records import Node, Reason, ReasonKind, Terms
 
-__all__ = ["Gathering", "Settings", "Timing", "forms_at", "quorum", "stronger", "terms_conflict"]
+__all__ = [
+    "Gathering",
+    "Settings",
+    "Timing",
+    "forms_at",
+    "missing",
+    "nodes_are",
+    "quorum",
+    "stronger",
+    "terms_conflict",
+]
 
 
 class Timing(Struct, frozen=True):
@@ -42,7 +53,7 @@ class Gathering(Struct, frozen=True):
     first: bool  # nobody has trained yet
     enough_since: float | None  # since when there have been min_nodes ready
     expected: int | None = None
-    old: int = 0  # of the ready nodes, those that took part in the last round
+    old: int = 0  # of the ready nodes, those that were there when the last round formed
     old_needed: int = 0  # how many of them the round must have
 
 
@@ -62,14 +73,33 @@ def forms_at(gathering: Gathering, last_call_timeout: float) -> float:
     return inf if g.enough_since is None else g.enough_since + last_call_timeout
 
 
-def quorum(last_nodes: int, *, rebuilt: bool, endpoints: int) -> int:
-    """How many nodes of the last round a next one needs, so that two halves of a cut network never both go on.
+def quorum(voters: int, *, rebuilt: bool, endpoints: int) -> int:
+    """How many of the nodes that were there in the last round a next one needs, so that two halves never both go on.
 
     Those that were cut off from the host need more than half to go on at another endpoint, those with it at least half.
     """
     if endpoints == 1:
         return 0  # nobody can go on without this host
-    return last_nodes // 2 + 1 if rebuilt else (last_nodes + 1) // 2
+    return voters // 2 + 1 if rebuilt else (voters + 1) // 2
+
+
+def missing(gathering: Gathering, names: Sequence[str], stopping: Sequence[str]) -> str:
+    """Say who is there and why that makes no round. `names`: of all nodes, `stopping`: of those that are not ready."""
+    g = gathering
+    needed = f"--nnodes asks for {g.min_nodes} at least"
+    if g.ready >= g.min_nodes and g.old < g.old_needed:
+        what = f"{g.old_needed} are needed to begin"
+        if not g.first:
+            what = f"of those of the last round {g.old}, of which {g.old_needed} are needed"
+        needed = f"{what}, so that no other half goes on as well"
+    elif g.ready >= g.min_nodes:
+        needed = f"{', '.join(stopping)} did not stop its workers"
+    return f"{nodes_are(g.live)} there ({', '.join(names[:20]) or 'nobody'}), and {needed}"
+
+
+def nodes_are(count: int) -> str:
+    """Begin a sentence on so many nodes."""
+    return "1 node is" if count == 1 else f"{count} nodes are"
 
 
 def terms_conflict(host: Node, joiner: Node) -> str | None:

@@ -19,6 +19,7 @@ from ft_launcher.formation import Settings
 from ft_launcher.lifeline import Beats
 from ft_launcher.lifeline_server import LifelineServer
 from ft_launcher.link import connect_store
+from ft_launcher.placing import numbered_by
 from ft_launcher.records import Announcement, Lost, Memory, Node, encode
 from ft_launcher.rounds import Job
 from ft_launcher.seal import Seal
@@ -147,7 +148,7 @@ class Host:
                 "%d records in the store were not written by a node of this job; ignored", self._leader.forged
             )
             self._leader.forged = 0
-        if job.memory.round != self._told_round and job.placement:
+        if job.memory.round != self._told_round and job.placement.places:
             self._told_round = job.memory.round
             self._tell_placement(job)
             self._announce()
@@ -174,13 +175,13 @@ class Host:
 
     def _tell_placement(self, job: Job) -> None:
         lines = []
-        for placed in job.placement[:PLACEMENT_LINES]:
+        for placed in job.placement.places[:PLACEMENT_LINES]:
             last = placed.rank + placed.node.local_world_size - 1
             those = f"rank {placed.rank}" if last == placed.rank else f"ranks {placed.rank}-{last}"
             lines.append(f"{placed.group_rank} {placed.node.name} ({those})")
-        more = len(job.placement) - PLACEMENT_LINES
+        more = len(job.placement.places) - PLACEMENT_LINES
         ending = f", and {more} more" if more > 0 else ""
-        by = job.numbered_by
+        by = numbered_by(job.placement, by_infrastructure=job.settings.by_infrastructure)
         logger.info("placement of round %d, %s: %s%s", job.memory.round, by, ", ".join(lines), ending)
         if not self._placement_path:
             return
@@ -196,7 +197,7 @@ class Host:
                     "pid": each.node.pid,
                     "ranks": list(range(each.rank, each.rank + each.node.local_world_size)),
                 }
-                for each in job.placement
+                for each in job.placement.places
             ],
         }
         path = Path(self._placement_path)

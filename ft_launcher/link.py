@@ -153,7 +153,7 @@ class Link:
         while (event := self._outgoing.get()) is not None:
             if not self._send_one(append(self._keys, self._seal, event)):
                 return
-        self._send_one(close_mailbox(self._keys, self._node_id, self._received))
+        self._send_one(close_mailbox(self._keys, self._seal, self._node_id, self._received))
 
     def _send_one(self, steps: Steps[None]) -> bool:
         try:

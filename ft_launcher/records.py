@@ -96,6 +96,7 @@ class Memory(Struct, frozen=True):
     round: int = -1  # the last one formed
     restarts: int = 0  # counted ones so far
     nodes: int = 0  # that took part in the round
+    voters: int = 0  # that were there when it formed, spares too: half of them decide who goes on without whom
     world_size: int = 0  # its ranks
     excluded: tuple[tuple[str, str], ...] = ()  # ids and names of nodes
 
@@ -108,7 +109,7 @@ class Joined(Struct, frozen=True, tag=True):
 
     node: Node
     memory: Memory | None = None
-    group_rank: int | None = None  # in the round of the memory; None: it had no place there
+    group_rank: int | None = None  # in the round of the memory; None: it was a spare there
 
 
 class Ready(Struct, frozen=True, tag=True):
@@ -176,6 +177,7 @@ class Waiting(Struct, frozen=True, tag=True):
 
     round: int
     nodes: int  # that take part
+    memory: Memory | None = None  # of a round that formed while the node was there
 
 
 class Stop(Struct, frozen=True, tag=True):

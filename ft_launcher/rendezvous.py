@@ -215,6 +215,14 @@ def _with_address(node: Node, local_addr: str | None) -> Node:
     return msgspec.structs.replace(node, address=str(found[0][4][0]))
 
 
+def _where_to_listen(attended: Attended) -> str:
+    """The node's address; all of them ("") where it knows itself by a loopback address that means it only here."""
+    address, endpoint = attended.node.address, attended.where.host
+    is_named = endpoint != "localhost" and not endpoint.startswith("127.")
+    # The leader tells the workers the address that the others see (Host._address_of).
+    return "" if is_named and address.startswith("127.") else address
+
+
 class NodesRendezvous(JobRendezvous):
     """The nodes of a job, wherever its leader is."""
 
@@ -238,7 +246,7 @@ class NodesRendezvous(JobRendezvous):
         self._store = None
         while True:
             attended = self._attended or self._attend()
-            with listen(attended.node.address, 0) as listener:
+            with listen(_where_to_listen(attended), 0) as listener:
                 assigned = self._await_place(attended, listener.getsockname()[1])
                 if assigned is not None:
                     return self._enter(assigned, listener)
@@ -358,7 +366,9 @@ class NodesRendezvous(JobRendezvous):
         match news:
             case HostGone(how):
                 self._lose_host(self._attended, how)
-            case Waiting(round_, nodes):
+            case Waiting(round_, nodes, memory):
+                if memory is not None:
+                    self._memory, self._group_rank = memory, None
                 logger.info("waiting as a spare: round %d has its %d nodes", round_, nodes)
             case Stop(round_, reason):
                 if self._memory is not None and round_ == self._memory.round and self._directive is None:

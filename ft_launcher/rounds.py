@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from math import inf
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ft_launcher import ranks
 from ft_launcher.causes import (
@@ -21,7 +21,17 @@ from ft_launcher.causes import (
     TooFewNodes,
     sentence,
 )
-from ft_launcher.formation import Gathering, Settings, forms_at, quorum, stronger, terms_conflict
+from ft_launcher.formation import (
+    Gathering,
+    Settings,
+    forms_at,
+    missing,
+    nodes_are,
+    quorum,
+    stronger,
+    terms_conflict,
+)
+from ft_launcher.placing import Placement, place
 from ft_launcher.policy import NodeState, Verdict, any_failed, min_healthy
 from ft_launcher.ranks import Candidate
 from ft_launcher.records import (
@@ -44,25 +54,17 @@ from ft_launcher.records import (
     Waiting,
 )
 
-__all__ = ["Job", "Placed"]
+__all__ = ["Job"]
 
 STRAGGLERS = 3.0
 """Seconds for which a job that lost its host waits for more nodes of the last round when there are enough."""
 
 
-class Placed(Struct, frozen=True):
-    """One line of the placement of a round."""
-
-    group_rank: int
-    node: Node
-    rank: int
-
-
 class _Member(Struct):
     node: Node
     arrival: int
-    last_round: tuple[int, int] | None = None  # in which it took part, with its epoch
-    last_rank: int | None = None  # its group rank there
+    last_round: tuple[int, int] | None = None  # that formed while it was there, with its epoch
+    last_rank: int | None = None  # its group rank there; None: it was a spare
     store_port: int | None = None  # ready, if not None
 
 
@@ -76,7 +78,7 @@ class Job:
         self.memory = Memory()
         self.rebuilt = False
         self.reason = Reason("")
-        self.placement: list[Placed] = []
+        self.placement = Placement()
         self.address_of: Callable[[Node], str] = lambda node: node.address
         self.outcome: End | None = None
         self.warnings: list[str] = []
@@ -126,8 +128,10 @@ class Job:
     def _join(self, node: Node, now: float, memory: Memory | None, group_rank: int | None) -> None:
         if node.id in self._gone or node.id in self._members:
             return
-        former = self._by_place.get(((memory.epoch, memory.round), group_rank or 0)) if memory is not None else None
-        if former in self._members:
+        former = None
+        if memory is not None and group_rank is not None:
+            former = self._by_place.get(((memory.epoch, memory.round), group_rank))
+        if former is not None and former in self._members:
             # It is the same launcher, under a new id, and was faster than the news of its loss.
             self._lose(former, "it lost contact")
         if self.outcome is not None:
@@ -153,14 +157,14 @@ class Job:
                 self._refuse(node, Refused(complaint))
             return
         self._add(node)
-        if memory is not None and group_rank is not None:
+        if memory is not None:
             self._recall(node.id, memory, group_rank, now)
 
-    def _recall(self, node_id: str, memory: Memory, group_rank: int, now: float) -> None:
+    def _recall(self, node_id: str, memory: Memory, group_rank: int | None, now: float) -> None:
         if self.rebuilt:
             if (memory.epoch, memory.round) > (self.memory.epoch, self.memory.round):
                 excluded = dict.fromkeys((*memory.excluded, *self.memory.excluded))
-                self.memory = _changed(memory, excluded=tuple(excluded))
+                self.memory = structs.replace(memory, excluded=tuple(excluded))
                 self._departed = 0
         elif self.memory.round < 0:
             self._rebuild(memory, now)  # this host itself has never taken part
@@ -171,9 +175,10 @@ class Job:
         self.memory, self.rebuilt, self._must_charge, self._gathering_since = memory, True, True, now
         self.reason = Reason("host_lost", "the rendezvous host was lost")
 
-    def _place(self, member: _Member, last_round: tuple[int, int], group_rank: int) -> None:
+    def _place(self, member: _Member, last_round: tuple[int, int], group_rank: int | None) -> None:
         member.last_round, member.last_rank = last_round, group_rank
-        self._by_place[last_round, group_rank] = member.node.id
+        if group_rank is not None:
+            self._by_place[last_round, group_rank] = member.node.id
 
     def _add(self, node: Node) -> None:
         self._members[node.id] = _Member(node, self._arrivals)
@@ -181,8 +186,11 @@ class Job:
         if node.infra_rank is not None:
             self._by_rank.setdefault(node.infra_rank, node.id)
 
-    def _took_part(self, member: _Member) -> bool:
+    def _was_there(self, member: _Member) -> bool:
         return member.last_round == (self.memory.epoch, self.memory.round)
+
+    def _had_place(self, member: _Member) -> bool:
+        return self._was_there(member) and member.last_rank is not None
 
     def _refuse(self, node: Node, cause: Cause) -> None:
         self._gone.add(node.id)
@@ -204,6 +212,8 @@ class Job:
     def _report(self, event: Reported) -> None:
         if not self._running or event.round != self.memory.round or event.node not in self._states:
             return
+        if event.node not in self._members:
+            return  # an excluded node's ranks fail of what it was excluded for
         if event.state is NodeState.FAILED and event.cause is not None:
             self._fail(event.node, NodeState.FAILED, event.cause, event.rank)
         elif self._states[event.node] is NodeState.HEALTHY:
@@ -236,12 +246,12 @@ class Job:
         # The node is not fit to go on: a rank said so, its monitors fail, or a process there cannot be killed.
         name = member.node.name
         excluded = (*self.memory.excluded, (node_id, name))
-        self.memory = _changed(self.memory, excluded=excluded)
+        self.memory = structs.replace(self.memory, excluded=excluded)
         self._mail.append((node_id, Leave(cause)))
         if self._failures.pop(node_id, None) is not None and not self._failures:
             # Its ranks had failed of the same thing, and were seen first.
             self.reason, self._culprit = Reason(""), None
-            self.memory = _changed(self.memory, restarts=self.memory.restarts - self._charged)
+            self.memory = structs.replace(self.memory, restarts=self.memory.restarts - self._charged)
             self._charged = False
         self._remove(node_id, Reason("node_excluded", f"node {name}: {sentence(cause)}"))
         left, needed = len(self._members), self.settings.terms.min_nodes
@@ -249,7 +259,7 @@ class Job:
             self._end(cause, f"node {name}")
         elif left < needed:
             why = f"node {name} was excluded ({sentence(cause)})"
-            self._end(TooFewNodes(f"{why}; {_nodes(left)} left, and --nnodes asks for {needed} at least"), "")
+            self._end(TooFewNodes(f"{why}; {nodes_are(left)} left, and --nnodes asks for {needed} at least"), "")
 
     def _lose(self, node_id: str, how: str) -> None:
         member = self._members.get(node_id)
@@ -269,7 +279,7 @@ class Job:
                 self._enough_since = None
         if self._by_rank.get(member.node.infra_rank or 0) == node_id:
             del self._by_rank[member.node.infra_rank or 0]
-        self._departed += self._took_part(member) and not how
+        self._departed += self._was_there(member) and not how
         if self._running and self._states.get(node_id) in (NodeState.HEALTHY, NodeState.FAILED):
             if how:
                 cause = NodeLost(member.node.name, how)
@@ -277,7 +287,7 @@ class Job:
                 self._failures[node_id] = reason
             self._states[node_id] = NodeState.GONE
             self.reason = stronger(self.reason, reason)
-        elif not self._running and self._took_part(member) and self.outcome is None:
+        elif not self._running and self._had_place(member) and self.outcome is None:
             self.reason = stronger(self.reason, reason)
             if how:
                 self._failures[node_id] = reason
@@ -314,14 +324,6 @@ class Job:
         return not self._members
 
     @property
-    def numbered_by(self) -> str:
-        """Say what the group ranks of the placement follow."""
-        sources = sorted({each.node.infra_source for each in self.placement} - {""})
-        if self.settings.by_infrastructure and sources:
-            return f"numbered by {' and '.join(sources)}"
-        return "numbered by names" + (" (no SLURM_PROCID or GROUP_RANK)" if self.settings.by_infrastructure else "")
-
-    @property
     def nodes(self) -> Iterator[Node]:
         """All nodes that are there."""
         return (member.node for member in self._members.values())
@@ -331,8 +333,8 @@ class Job:
         """Too many nodes of the last round are out of reach: they may go on elsewhere, so nobody goes on here."""
         if self._running or self.outcome is not None or self.memory.round < 0 or self.rebuilt:
             return False
-        old = sum(map(self._took_part, self._members.values()))
-        return old < quorum(self.memory.nodes, rebuilt=False, endpoints=self.settings.endpoints) - self._departed
+        old = sum(map(self._was_there, self._members.values()))
+        return old < quorum(self.memory.voters, rebuilt=False, endpoints=self.settings.endpoints) - self._departed
 
     def _judge(self, now: float) -> None:
         terms = self.settings.terms
@@ -376,7 +378,7 @@ class Job:
                 cause, origin = self._culprit or (TooFewNodes(self.reason.sentence), "")
                 self._end(cause, origin)
                 return
-            self.memory = _changed(self.memory, restarts=self.memory.restarts + 1)
+            self.memory = structs.replace(self.memory, restarts=self.memory.restarts + 1)
         self._charged = counted
         self._running = False
         self._gathering_since = now
@@ -397,8 +399,8 @@ class Job:
                     quorum(terms.max_nodes, rebuilt=self.settings.endpoint > 0, endpoints=self.settings.endpoints),
                 )
             else:
-                old = sum(self._took_part(each) for each in self._members.values() if each.store_port is not None)
-                needed = quorum(self.memory.nodes, rebuilt=self.rebuilt, endpoints=self.settings.endpoints)
+                old = sum(self._was_there(each) for each in self._members.values() if each.store_port is not None)
+                needed = quorum(self.memory.voters, rebuilt=self.rebuilt, endpoints=self.settings.endpoints)
                 needed -= self._departed
         return Gathering(
             ready=self._ready,
@@ -418,7 +420,7 @@ class Job:
         at = forms_at(self._gathering(), self.settings.timing.last_call_timeout)
         if at == -inf and self.rebuilt:
             # The others of the last round are on their way here, or lost with the old host.
-            all_came = self._ready >= min(self.memory.nodes - 1, self.settings.terms.max_nodes)
+            all_came = self._ready >= min(self.memory.voters - 1, self.settings.terms.max_nodes)
             at = self._gathering_since + self.settings.timing.settle + (0 if all_came else STRAGGLERS)
         return at
 
@@ -429,60 +431,32 @@ class Job:
             self._end(TooFewNodes(self._who_is_missing()), "")
 
     def _form(self, now: float) -> None:
-        terms, by_infrastructure = self.settings.terms, self.settings.by_infrastructure
+        terms = self.settings.terms
         if self._must_charge:
             if self.memory.restarts >= terms.max_restarts:
                 self._end(TooFewNodes(f"{self.reason.sentence}, and all restarts of --max-restarts are used"), "")
                 return
             self._must_charge = False
-            self.memory = _changed(self.memory, restarts=self.memory.restarts + 1)
+            self.memory = structs.replace(self.memory, restarts=self.memory.restarts + 1)
         ready = {key: each for key, each in self._members.items() if each.store_port is not None}
-        candidates = {key: self._candidate(each) for key, each in ready.items()}
-        chosen, spares = ranks.choose(candidates.values(), terms.max_nodes, by_infrastructure=by_infrastructure)
-        those = [candidates[key] for key in chosen]
-        group_ranks = ranks.assign(those, terms.max_nodes, by_infrastructure=by_infrastructure)
-        order = sorted(group_ranks, key=group_ranks.__getitem__)
-        self.placement, roles, world_size = [], Counter[str](), 0
-        role_ranks = []
-        for key in order:
-            node = ready[key].node
-            self.placement.append(Placed(group_ranks[key], node, world_size))
-            role_ranks.append(roles[node.role])
-            world_size += node.local_world_size
-            roles[node.role] += node.local_world_size
+        nodes = {key: each.node for key, each in ready.items()}
+        candidates = [self._candidate(each) for each in ready.values()]
+        self.placement = place(nodes, candidates, terms.max_nodes, by_infrastructure=self.settings.by_infrastructure)
         prev_world_size = self.memory.world_size
-        self._by_place.clear()
-        self._departed = 0
-        self.memory = _changed(
+        self.memory = structs.replace(
             self.memory,
             epoch=self.memory.epoch + self.rebuilt,
             round=self.memory.round + 1,
-            nodes=len(order),
-            world_size=world_size,
+            nodes=len(self.placement.places),
+            voters=len(ready),
+            world_size=self.placement.world_size,
         )
-        store_address, store_port = self.address_of(ready[order[0]].node), ready[order[0]].store_port or 0
-        for placed, role_rank in zip(self.placement, role_ranks, strict=True):
-            member = ready[placed.node.id]
-            assigned = Assigned(
-                group_rank=placed.group_rank,
-                group_world_size=len(order),
-                rank=placed.rank,
-                world_size=world_size,
-                role_rank=role_rank,
-                role_world_size=roles[placed.node.role],
-                store_address=store_address,
-                store_port=store_port,
-                prev_world_size=prev_world_size,
-                reason=self.reason,
-                memory=self.memory,
-            )
-            self._mail.append((placed.node.id, assigned))
-            member.store_port = None
-            self._place(member, (self.memory.epoch, self.memory.round), placed.group_rank)
-        self._ready = len(spares)
-        self._states = dict.fromkeys(order, NodeState.HEALTHY)
-        self._untold = list(spares)
-        self._tell_waiting()
+        self._by_place.clear()
+        self._departed = 0
+        self._tell_places(ready, prev_world_size)
+        self._ready = len(self.placement.spares)
+        self._untold = []
+        self._states = {each.node.id: NodeState.HEALTHY for each in self.placement.places}
         self._failures = {}
         self._culprit = None
         self._charged = False
@@ -490,6 +464,32 @@ class Job:
         self.rebuilt = False
         self._running = True
         self._round_since = now
+
+    def _tell_places(self, ready: dict[str, _Member], prev_world_size: int) -> None:
+        placement, this_round = self.placement, (self.memory.epoch, self.memory.round)
+        first = ready[placement.places[0].node.id]
+        store_address, store_port = self.address_of(first.node), first.store_port or 0
+        for each in placement.places:
+            assigned = Assigned(
+                group_rank=each.group_rank,
+                group_world_size=len(placement.places),
+                rank=each.rank,
+                world_size=placement.world_size,
+                role_rank=each.role_rank,
+                role_world_size=placement.role_world_sizes[each.node.role],
+                store_address=store_address,
+                store_port=store_port,
+                prev_world_size=prev_world_size,
+                reason=self.reason,
+                memory=self.memory,
+            )
+            self._mail.append((each.node.id, assigned))
+            member = ready[each.node.id]
+            member.store_port = None
+            self._place(member, this_round, each.group_rank)
+        for key in placement.spares:
+            self._mail.append((key, Waiting(self.memory.round, len(placement.places), self.memory)))
+            self._place(ready[key], this_round, None)
 
     def _end(self, cause: Cause | None, origin: str) -> None:
         if self.outcome is None:
@@ -499,16 +499,9 @@ class Job:
             self._mail += [(node_id, self.outcome) for node_id in self._members if node_id not in told]
 
     def _who_is_missing(self) -> str:
-        gathering = self._gathering()
-        here = ", ".join(sorted((node.name for node in self.nodes), key=ranks.natural_key)[:20]) or "nobody"
-        seconds = self._patience
-        needed = f"--nnodes asks for {gathering.min_nodes} at least"
-        if gathering.ready >= gathering.min_nodes and gathering.old < gathering.old_needed:
-            needed = f"{gathering.old_needed} nodes of the last round are needed, so that no other half goes on as well"
-        elif gathering.ready >= gathering.min_nodes:
-            stopping = [each.node.name for each in self._members.values() if each.store_port is None]
-            needed = f"{', '.join(stopping)} did not stop its workers"
-        return f"after {seconds:g} s {_nodes(gathering.live)} there ({here}), and {needed}"
+        names = sorted((node.name for node in self.nodes), key=ranks.natural_key)
+        stopping = [each.node.name for each in self._members.values() if each.store_port is None]
+        return f"after {self._patience:g} s {missing(self._gathering(), names, stopping)}"
 
     def _candidate(self, member: _Member) -> Candidate:
         node = member.node
@@ -517,15 +510,6 @@ class Job:
             name=node.name,
             pid=node.pid,
             infra_rank=node.infra_rank,
-            previous_rank=member.last_rank if self._took_part(member) else None,
+            previous_rank=member.last_rank if self._was_there(member) else None,
             arrival=member.arrival,
         )
-
-
-def _changed(memory: Memory, **changes: object) -> Memory:
-    fields = {name: getattr(memory, name) for name in Memory.__struct_fields__}
-    return Memory(**{**fields, **changes})
-
-
-def _nodes(count: int) -> str:
-    return "1 node is" if count == 1 else f"{count} nodes are"
