@@ -14,7 +14,6 @@ from ft_launcher.causes import (
     Cause,
     Excluded,
     HostLost,
-    Hung,
     NodeLost,
     Refused,
     ShutDown,
@@ -28,9 +27,9 @@ from ft_launcher.formation import (
     missing,
     nodes_are,
     quorum,
-    stronger,
     terms_conflict,
 )
+from ft_launcher.incident import Incident
 from ft_launcher.placing import Placement, place
 from ft_launcher.policy import NodeState, Verdict, any_failed, min_healthy
 from ft_launcher.ranks import Candidate
@@ -47,7 +46,6 @@ from ft_launcher.records import (
     Node,
     Ready,
     Reason,
-    ReasonKind,
     Reported,
     Requested,
     Stop,
@@ -77,13 +75,11 @@ class Job:
         self.host = host
         self.memory = Memory()
         self.rebuilt = False
-        self.reason = Reason("")
         self.placement = Placement()
         self.address_of: Callable[[Node], str] = lambda node: node.address
         self.outcome: End | None = None
         self.warnings: list[str] = []
-        self._charged = False  # the incident that ended the last round was counted
-        self._must_charge = False
+        self._incident = Incident()
         self._members: dict[str, _Member] = {}
         self._by_rank: dict[int, str] = {}  # ids of live nodes by the rank that the infrastructure gave them
         self._by_place: dict[tuple[tuple[int, int], int], str] = {}  # ids by last round and group rank there
@@ -93,8 +89,6 @@ class Job:
         self._ready = 0
         self._running = False
         self._states: dict[str, NodeState] = {}  # of the nodes of the running round, lost ones too
-        self._failures: dict[str, Reason] = {}
-        self._culprit: tuple[Cause, str] | None = None
         self._gathering_since = now
         self._enough_since: float | None = None
         self._round_since = now
@@ -120,6 +114,11 @@ class Job:
                 self._remove(node, Reason("node_left", f"node {self._name(node)} left" + (reason and f": {reason}")))
             case Lost(node, how):
                 self._lose(node, how)
+
+    @property
+    def reason(self) -> Reason:
+        """Why the last round ended, or the next one will."""
+        return self._incident.reason
 
     def _name(self, node_id: str) -> str:
         member = self._members.get(node_id)
@@ -172,8 +171,8 @@ class Job:
 
     def _rebuild(self, memory: Memory, now: float) -> None:
         """Go on with a job whose former host was lost."""
-        self.memory, self.rebuilt, self._must_charge, self._gathering_since = memory, True, True, now
-        self.reason = Reason("host_lost", "the rendezvous host was lost")
+        self.memory, self.rebuilt, self._gathering_since = memory, True, now
+        self._incident = Incident(Reason("host_lost", "the rendezvous host was lost"), is_owed=True)
 
     def _place(self, member: _Member, last_round: tuple[int, int], group_rank: int | None) -> None:
         member.last_round, member.last_rank = last_round, group_rank
@@ -220,17 +219,8 @@ class Job:
             self._states[event.node] = event.state
 
     def _fail(self, node_id: str, state: NodeState, cause: Cause, rank: int | None = None) -> None:
-        name = self._name(node_id)
-        origin = f"rank {rank} (node {name})" if rank is not None else ""
-        kind: ReasonKind = (
-            "node_lost" if isinstance(cause, NodeLost) else "rank_hung" if isinstance(cause, Hung) else "rank_failed"
-        )
-        reason = Reason(kind, f"{origin}{origin and ': '}{sentence(cause)}")
         self._states[node_id] = state
-        if self._culprit is None or stronger(self.reason, reason) is reason:
-            self._culprit = (cause, origin)
-        self.reason = stronger(self.reason, reason)
-        self._failures[node_id] = reason
+        self._incident.fail(node_id, self._name(node_id), cause, rank)
 
     def _request(self, node_id: str, round_: int, cause: Cause) -> None:
         member = self._members.get(node_id)
@@ -248,11 +238,8 @@ class Job:
         excluded = (*self.memory.excluded, (node_id, name))
         self.memory = structs.replace(self.memory, excluded=excluded)
         self._mail.append((node_id, Leave(cause)))
-        if self._failures.pop(node_id, None) is not None and not self._failures:
-            # Its ranks had failed of the same thing, and were seen first.
-            self.reason, self._culprit = Reason(""), None
-            self.memory = structs.replace(self.memory, restarts=self.memory.restarts - self._charged)
-            self._charged = False
+        if self._incident.excuse(node_id):
+            self.memory = structs.replace(self.memory, restarts=self.memory.restarts - 1)
         self._remove(node_id, Reason("node_excluded", f"node {name}: {sentence(cause)}"))
         left, needed = len(self._members), self.settings.terms.min_nodes
         if not left:
@@ -281,17 +268,16 @@ class Job:
             del self._by_rank[member.node.infra_rank or 0]
         self._departed += self._was_there(member) and not how
         if self._running and self._states.get(node_id) in (NodeState.HEALTHY, NodeState.FAILED):
-            if how:
-                cause = NodeLost(member.node.name, how)
-                self._culprit = self._culprit or (cause, "")
-                self._failures[node_id] = reason
             self._states[node_id] = NodeState.GONE
-            self.reason = stronger(self.reason, reason)
-        elif not self._running and self._had_place(member) and self.outcome is None:
-            self.reason = stronger(self.reason, reason)
             if how:
-                self._failures[node_id] = reason
-                self._must_charge |= not self._charged
+                self._incident.lose(node_id, NodeLost(member.node.name, how), reason)
+            else:
+                self._incident.note(reason)
+        elif not self._running and self._had_place(member) and self.outcome is None:
+            if how:
+                self._incident.lose_between_rounds(node_id, reason)
+            else:
+                self._incident.note(reason)
 
     # -- what to do about it --------------------------------------------------------------------------------------
 
@@ -348,11 +334,11 @@ class Job:
                 self._end(None, "")
                 return
             if verdict is Verdict.RESTART:
-                self._restart(now, counted=bool(self._failures))
+                self._restart(now, counted=self._incident.is_failure)
                 return
         if self._upscales_at() <= now:
             names = ", ".join(each.node.name for each in self._members.values() if each.node.id not in self._states)
-            self.reason = Reason("node_joined", f"node {names} joined")
+            self._incident.note(Reason("node_joined", f"node {names} joined"))
             self._restart(now, counted=False)
             return
         self._tell_waiting()
@@ -375,11 +361,11 @@ class Job:
     def _restart(self, now: float, *, counted: bool) -> None:
         if counted:
             if self.memory.restarts >= self.settings.terms.max_restarts:
-                cause, origin = self._culprit or (TooFewNodes(self.reason.sentence), "")
+                cause, origin = self._incident.culprit or (TooFewNodes(self.reason.sentence), "")
                 self._end(cause, origin)
                 return
             self.memory = structs.replace(self.memory, restarts=self.memory.restarts + 1)
-        self._charged = counted
+        self._incident.is_charged = counted
         self._running = False
         self._gathering_since = now
         self._enough_since = now if self._ready >= self.settings.terms.min_nodes else None
@@ -432,11 +418,10 @@ class Job:
 
     def _form(self, now: float) -> None:
         terms = self.settings.terms
-        if self._must_charge:
+        if self._incident.is_owed:
             if self.memory.restarts >= terms.max_restarts:
                 self._end(TooFewNodes(f"{self.reason.sentence}, and all restarts of --max-restarts are used"), "")
                 return
-            self._must_charge = False
             self.memory = structs.replace(self.memory, restarts=self.memory.restarts + 1)
         ready = {key: each for key, each in self._members.items() if each.store_port is not None}
         nodes = {key: each.node for key, each in ready.items()}
@@ -457,10 +442,7 @@ class Job:
         self._ready = len(self.placement.spares)
         self._untold = []
         self._states = {each.node.id: NodeState.HEALTHY for each in self.placement.places}
-        self._failures = {}
-        self._culprit = None
-        self._charged = False
-        self.reason = Reason("")
+        self._incident = Incident()
         self.rebuilt = False
         self._running = True
         self._round_since = now
