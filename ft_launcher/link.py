@@ -88,6 +88,7 @@ class Link:
         self._gone = threading.Event()
         self._outgoing: SimpleQueue[Event | None] = SimpleQueue()
         self._received = 0
+        self._is_closing = False
         self._outbox = connect_store(*where)
         self._inbox = connect_store(*where)
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -153,6 +154,8 @@ class Link:
         while (event := self._outgoing.get()) is not None:
             if not self._send_one(append(self._keys, self._seal, event)):
                 return
+        # First: the inbox looks at it behind each message.
+        self._is_closing = True
         self._send_one(close_mailbox(self._keys, self._seal, self._node_id, self._received))
 
     def _send_one(self, steps: Steps[None]) -> bool:
@@ -184,3 +187,5 @@ class Link:
                 return
             self._received += 1
             self._tell(message)
+            if self._is_closing:
+                return  # this message stood where the end of the mailbox was to be written
