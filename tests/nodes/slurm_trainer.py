@@ -29,6 +29,7 @@ def main() -> None:
     client = ft_launcher.connect()
     dist.init_process_group("gloo")
     run(options, warned, client)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Python takes handlers away as it ends: a signal then would kill
     client.shutdown_workload_monitoring()
     dist.destroy_process_group()  # when nothing holds it any more: DDP is gone with `run`
 
