@@ -1,5 +1,6 @@
 """The launcher that runs the store of the job, and the leader with it: they live and die together."""
 
+import gc
 import json
 import logging
 import os
@@ -87,6 +88,9 @@ class Host:
         self.has_given_up = False
         self.lifelines = LifelineServer("" if is_wildcard else address, beats, seal, self._report)
         self._announce()
+        # A full garbage collection looks through all of torch, and the leader would answer nobody for 0.3 s.
+        gc.collect()
+        gc.freeze()
         self._thread = threading.Thread(target=self._lead, name="ft_launcher leader", daemon=True)
         self._thread.start()
 

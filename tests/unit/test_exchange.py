@@ -342,32 +342,33 @@ def forgeries(count: int, world: World) -> Iterator[tuple[str, bytes]]:
     """Give so many places of the log with values that no node of this job wrote there."""
     chance = random.Random(4)
     other_job, other_run = Seal(b"the token of another job"), Keys("0123456789abcdef", "another-incarnation")
-    shut = encode(Lost("n0", "forged"))
-    genuine = SEAL.seal(KEYS.log(1), encode(Joined(world.node("n0"))))
+    event = encode(Lost("n0", "forged"))
+    genuine = SEAL.seal(KEYS.log(count + 1), encode(Joined(world.node("n0"))))
+    kinds: list[Callable[[int], bytes]] = [
+        lambda _: chance.randbytes(chance.randrange(200)),
+        lambda slot: SEAL.seal(KEYS.log(slot), event)[: chance.randrange(40)],
+        lambda slot: SEAL.seal(KEYS.log(slot), event) + b"\0",
+        lambda slot: flipped(SEAL.seal(KEYS.log(slot), event), chance),
+        lambda _: event,  # without a seal
+        lambda slot: other_job.seal(KEYS.log(slot), event),
+        lambda slot: SEAL.seal(KEYS.log(slot + 1), event),  # replayed from another place
+        lambda slot: SEAL.seal(other_run.log(slot), event),  # and from an earlier run of the job
+        lambda _: SEAL.seal(KEYS.mail("n0", 0), event),
+        lambda _: genuine,
+        lambda _: bytes(SEAL_BYTES),
+        lambda _: b"",
+        lambda slot: SEAL.seal(KEYS.log(slot), chance.randbytes(40)),  # by a node that has gone mad
+        lambda slot: SEAL.seal(KEYS.log(slot), encode(End(None))),  # no event
+    ]
     for slot in range(1, count + 1):
-        key = KEYS.log(slot)
-        sealed = SEAL.seal(key, shut)
-        flipped = bytearray(sealed)
-        flipped[chance.randrange(len(sealed))] ^= 1 << chance.randrange(8)
-        yield (
-            key,
-            [
-                chance.randbytes(chance.randrange(200)),
-                sealed[: chance.randrange(len(sealed))],
-                bytes(flipped),
-                shut,  # without a seal
-                other_job.seal(key, shut),
-                SEAL.seal(KEYS.log(slot + 1), shut),  # replayed from another place
-                SEAL.seal(other_run.log(slot), shut),  # and from an earlier run of the job
-                SEAL.seal(KEYS.mail("n0", 0), shut),
-                genuine if slot > 1 else b"",
-                bytes(SEAL_BYTES),
-                b"",
-                sealed + b"\0",
-                SEAL.seal(key, chance.randbytes(40)),  # by a node that has gone mad
-                SEAL.seal(key, encode(End(None))),  # no event
-            ][slot % 14],
-        )
+        yield KEYS.log(slot), kinds[slot % len(kinds)](slot)
+
+
+def flipped(value: bytes, chance: random.Random) -> bytes:
+    """Give the value with one bit changed."""
+    changed = bytearray(value)
+    changed[chance.randrange(len(value))] ^= 1 << chance.randrange(8)
+    return bytes(changed)
 
 
 def test_V4_of_100000_forged_records_none_is_accepted_and_all_are_counted() -> None:

@@ -222,7 +222,8 @@ def test_of_two_hosts_with_a_running_job_the_one_of_the_later_epoch_is_joined(no
 
 
 def test_a_host_that_waits_alone_sees_that_the_others_meet_elsewhere(nodes: Nodes) -> None:
-    second = nodes.attend(A, B, is_host=False)
+    second = nodes.attend(A, B, lost=0, memory=Memory(epoch=0, round=3, nodes=3))
+    assert second.where.host == B
     meeting = nodes.meeting(A, B, is_host=False)
     assert not meeting.better_host(second)
     first = nodes.meeting(A, B)

@@ -89,6 +89,17 @@ def test_a_first_round_waits_for_the_last_call_from_when_enough_were_ready() -> 
     assert world.assigned("n0").group_world_size == 2
 
 
+def test_one_more_node_does_not_prolong_the_last_call() -> None:
+    world = World(2, 4)
+    world.come("n0", "n1")
+    world.wait(20)
+    world.come("n2")
+    world.wait(9.9)
+    assert not world.mail
+    world.wait(0.2)
+    assert world.assigned("n2").group_world_size == 3
+
+
 def test_the_last_call_begins_anew_when_there_were_too_few_meanwhile() -> None:
     world = World(2, 3)
     world.come("n0", "n1")
@@ -159,6 +170,15 @@ def test_a_spare_hears_that_it_waits_and_replaces_a_lost_node_at_once() -> None:
     world.ready("n0", "n2")
     assert world.ranks == {"n0": 0, "n3": 1, "n2": 2}
     assert str(world.assigned("n3").reason) == "node_lost: node n1 was lost: its launcher died"
+
+
+def test_a_spare_hears_once_of_each_round_that_it_waits() -> None:
+    world = three()
+    world.report("n0", FAILED)
+    world.come("n3")
+    world.ready("n0", "n1", "n2")
+    world.tell(Lost("n9", DIED))
+    assert world.mail["n3"] == [Waiting(1, 3, world.assigned("n0").memory)]
 
 
 def test_a_spare_does_not_displace_a_node_that_is_slow_to_stop() -> None:
@@ -324,6 +344,7 @@ def test_V8_all_nodes_exclude_themselves_and_each_ends_with_its_own_reason() -> 
                 world.tell(*part)
             assert {world.outcome_of(name) for name in ("n0", "n1", "n2")} == {Excluded("ECC errors")}
             assert world.job.outcome is not None
+            assert world.job.outcome.cause == Excluded("ECC errors")
             assert world.job.is_empty
 
 
@@ -346,6 +367,18 @@ def test_V8_an_excluded_node_is_refused_when_its_launcher_is_started_again() -> 
         ("n1-again", Leave(Excluded("node n1 was excluded from this job before")))
     ]
     assert world.tell(Ready("n1-again", 1)) == []
+
+
+def test_V8_another_launcher_on_the_machine_of_an_excluded_one_goes_on() -> None:
+    world = World(1, 3)
+    two = [world.node("n1", "n1-first"), world.node("n1", "n1-second")]
+    world.tell(*(Joined(node) for node in (world.node("n0"), *two)))
+    world.ready("n0", "n1-first", "n1-second")
+    second = world.assigned("n1-second")
+    world.tell(world.excluded("n1-first"))
+    world.tell(Joined(world.node("n1", "n1-again"), second.memory, second.group_rank))  # it was cut off for a moment
+    world.ready("n0", "n1-again")
+    assert sorted(world.ranks) == ["n0", "n1-again"]
 
 
 def test_V8_an_excluded_node_whose_link_broke_before_it_heard_is_refused_too() -> None:
@@ -391,6 +424,13 @@ def test_V10_a_shutdown_after_the_success_of_all_changes_nothing() -> None:
             world.report(name, SUCCEEDED)
         assert world.tell(world.requested("n0", ShutDown())) == []
         assert world.job.outcome == End(None)
+
+
+def test_V10_an_exclusion_after_the_end_changes_nothing() -> None:
+    world = three()
+    world.tell(world.requested("n0", ShutDown()))
+    assert world.tell(world.excluded("n1"), world.requested("n0", HostLost("the host has ended"))) == []
+    assert world.job.outcome == End(ShutDown(), "node n0")
 
 
 def test_V10_a_shutdown_between_two_rounds_is_heeded_and_one_for_an_earlier_round_is_not() -> None:
@@ -510,6 +550,19 @@ def test_B6_several_kills_in_one_round_are_one_restart() -> None:
         assert (world.restarts, world.job.memory.round) == (1, 1)
 
 
+def test_B6_the_loss_of_a_spare_between_two_rounds_is_not_counted() -> None:
+    world = three(max_restarts=0)
+    world.come("n3", "n4")
+    world.tell(Left("n2", "SIGTERM"))
+    world.ready("n0", "n1")
+    assert "n3" in world.ranks
+    world.tell(Left("n3", "SIGTERM"))
+    world.tell(Lost("n4", DIED))  # it was there when the round formed, as a spare
+    world.ready("n0", "n1")
+    assert world.ranks == {"n0": 0, "n1": 1}
+    assert (world.restarts, world.assigned("n0").reason.kind) == (0, "node_left")
+
+
 def test_B6_the_loss_of_a_spare_is_no_restart() -> None:
     world = three(max_restarts=0)
     world.come("n3")
@@ -556,6 +609,8 @@ def test_N8_once_the_job_runs_only_the_newcomer_is_refused() -> None:
     world.tell(Lost("n0", DIED))
     world.tell(Joined(world.node("n1", "n1-again", 0)), Ready("n1-again", 1))
     assert world.ranks == {"n1-again": 0}, "the number is free again"
+    world.tell(Joined(world.node("n2", "", 0)))
+    assert isinstance(world.outcome_of("n2"), Refused), "and then taken again"
 
 
 def test_N9_a_node_that_was_told_otherwise_is_refused_as_well() -> None:
@@ -693,7 +748,7 @@ FOUR = Memory(epoch=1, round=5, restarts=2, nodes=4, voters=4, world_size=8, exc
 
 
 def test_N2_who_meets_at_another_endpoint_keeps_ranks_and_exclusions_and_counts_one_restart() -> None:
-    world = rebuilt(FOUR)
+    world = rebuilt(FOUR, max_restarts=9)
     for name, rank in (("n3", 3), ("n1", 1), ("n2", 2)):
         rejoin(world, name, FOUR, rank)
     world.wait(TIMING.settle - 0.1)
@@ -703,6 +758,9 @@ def test_N2_who_meets_at_another_endpoint_keeps_ranks_and_exclusions_and_counts_
     found = world.assigned("n1")
     assert found.memory == Memory(2, 6, 3, 3, 3, 6, FOUR.excluded)
     assert (found.prev_world_size, found.reason.kind) == (8, "host_lost")
+    world.report("n1", FAILED)
+    world.ready("n1", "n2", "n3")
+    assert world.assigned("n1").memory == Memory(2, 7, 4, 3, 3, 6, FOUR.excluded), "and then goes on as any other"
     assert [type(each) for _, each in world.tell(Joined(world.node("n9")))] == [Leave]
 
 
@@ -745,6 +803,30 @@ def test_N3_a_host_that_is_left_with_less_than_half_gives_up_and_with_half_goes_
         assert ("n0" in world.ranks) is (not is_lost and lost == 3)
 
 
+def test_N3_late_nodes_that_leave_again_make_the_others_no_less_needed() -> None:
+    world = World(1, 4, endpoints=3)
+    world.come("n0", "n1", "n2", "n3")
+    world.come("n4", "n5")
+    world.tell(Left("n4", "SIGTERM"), world.excluded("n5"))
+    world.tell(*(Lost(f"n{rank}", "nothing was heard of it") for rank in (1, 2, 3)))
+    assert world.job.is_lost
+
+
+def test_N3_who_left_for_good_counts_in_the_round_that_it_left_only() -> None:
+    world = World(1, 4, endpoints=3)
+    world.come("n0", "n1", "n2", "n3")
+    world.tell(Left("n3", "SIGTERM"))
+    world.ready("n0", "n1", "n2")
+    world.tell(*(Lost(f"n{rank}", "nothing was heard of it") for rank in (1, 2)))
+    assert world.job.is_lost
+
+
+def test_N3_a_host_that_others_are_still_on_their_way_to_does_not_give_up() -> None:
+    world = rebuilt(FOUR)
+    rejoin(world, "n1", FOUR, 1)
+    assert not world.job.is_lost
+
+
 def test_N3_nodes_that_left_for_good_are_not_missed() -> None:
     world = World(1, 4, endpoints=3)
     world.come("n0", "n1", "n2", "n3")
@@ -771,12 +853,12 @@ def test_the_newest_memory_is_taken_whoever_brings_it(order: tuple[int, ...]) ->
     older = Memory(epoch=0, round=9, restarts=1, nodes=4, voters=4, world_size=8, excluded=())
     newer = Memory(epoch=1, round=6, restarts=3, nodes=3, voters=3, world_size=6, excluded=(("x", "n9"),))
     world = rebuilt(older, max_restarts=9)
-    joins = [("n0", older, 0), ("n1", newer, 1), ("n2", newer, 2)]
+    joins = [("n0", older, 1), ("n1", newer, 1), ("n2", newer, 2)]
     for place in order:
         rejoin(world, *joins[place])
     world.wait(TIMING.settle + STRAGGLERS)
     assert world.assigned("n1").memory == Memory(2, 7, 4, 3, 3, 6, newer.excluded)
-    assert {name: rank for name, rank in world.ranks.items() if name != "n0"} == {"n1": 1, "n2": 2}
+    assert world.ranks == {"n0": 0, "n1": 1, "n2": 2}, "an older rank does not count"
 
 
 def test_a_round_of_the_same_number_under_another_host_is_not_the_last_round() -> None:
@@ -836,6 +918,17 @@ def test_spares_that_were_there_decide_too_who_goes_on() -> None:
     world.ready("n1", "n2")
     world.wait(TIMING.settle + STRAGGLERS)
     assert world.ranks == {"n2": 0, "n1": 1}
+
+
+def test_spares_that_were_there_keep_the_host_from_giving_up() -> None:
+    world = World(2, 2, endpoints=3)
+    world.come("n0", "n1", "n2", "n3")
+    world.report("n0", FAILED)
+    world.ready("n0", "n1")
+    world.tell(Lost("n1", "nothing was heard of it"), Lost("n3", "nothing was heard of it"))
+    assert not world.job.is_lost
+    world.ready("n0")
+    assert world.ranks == {"n0": 0, "n2": 1}
 
 
 def test_who_came_after_the_round_had_formed_does_not_decide() -> None:

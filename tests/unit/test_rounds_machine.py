@@ -50,8 +50,9 @@ class Rounds(RuleBasedStateMachine):
         by_infrastructure=flags,
         upscaling=flags,
         rebuilt=st.sampled_from([False, False, True]),
+        started=st.sampled_from([True, True, False]),
     )
-    def begin(self, counts, policy, max_restarts, endpoints, by_infrastructure, upscaling, rebuilt):
+    def begin(self, counts, policy, max_restarts, endpoints, by_infrastructure, upscaling, rebuilt, started):
         nodes = min(3, counts[1])
         remembered = replace(MEMORY, nodes=nodes, voters=nodes + 1)
         self.remembered = remembered
@@ -87,6 +88,8 @@ class Rounds(RuleBasedStateMachine):
         self.ended = False
         self.settled = True
         self.has_failed = False
+        if started:
+            self.a_round_forms_if_it_can(come=True)
 
     # -- what can happen ------------------------------------------------------------------------------------------
 
@@ -153,6 +156,13 @@ class Rounds(RuleBasedStateMachine):
             if id_ not in self.ready and (self.states is None or id_ not in self.states):
                 self.ready[id_] = 1024
                 self.happen(Ready(id_, 1024))
+
+    @rule(come=flags)
+    def a_round_forms_if_it_can(self, come):
+        if come:
+            self.all_places_are_filled()
+        self.all_that_must_stop_have_stopped()
+        self.time_passes(seconds=33.0)
 
     @rule(place=st.integers(0, SLOTS - 1), failed=flags, stale=flags, at_once=flags)
     def a_node_reports(self, place, failed, stale, at_once):
