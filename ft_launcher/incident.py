@@ -35,15 +35,17 @@ class Incident:
             "node_lost" if isinstance(cause, NodeLost) else "rank_hung" if isinstance(cause, Hung) else "rank_failed"
         )
         reason = Reason(kind, f"{origin}{origin and ': '}{sentence(cause)}")
+        self._blame(cause, origin, reason)
+        self._failures.add(node_id)
+
+    def _blame(self, cause: Cause, origin: str, reason: Reason) -> None:
         if self.culprit is None or stronger(self.reason, reason) is reason:
             self.culprit = (cause, origin)
         self.note(reason)
-        self._failures.add(node_id)
 
     def lose(self, node_id: str, cause: Cause, reason: Reason) -> None:
         """Take note of a node that was lost while it had a part in the round."""
-        self.culprit = self.culprit or (cause, "")
-        self.note(reason)
+        self._blame(cause, "", reason)
         self._failures.add(node_id)
 
     def lose_between_rounds(self, node_id: str, reason: Reason) -> None:
