@@ -122,7 +122,8 @@ def _run(argv: list[str]) -> int:
     torch_flags.check_command(arguments, os.environ.get("PYTHON_EXEC", sys.executable))
     _normalise_single_node(arguments)
     token = _token(arguments, options)
-    placement_path = str(Path(arguments.log_dir) / "placement.json") if arguments.log_dir else ""
+    is_alone = arguments.nnodes in ("1", "1:1")
+    placement_path = str(Path(arguments.log_dir) / "placement.json") if arguments.log_dir and not is_alone else ""
     own_log_dir = _make_log_dir(arguments)
     try:
         launch_config, entrypoint, worker_arguments = torchrun.config_from_args(arguments)

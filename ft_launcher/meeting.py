@@ -41,7 +41,7 @@ LOOK_SECONDS = 1.5
 PATIENCE = 3.0
 """Seconds for which an endpoint may stay empty before the machine of the next one becomes the host."""
 
-REJOIN_SECONDS = 8.0
+REJOIN_SECONDS = 7.0
 """For how long a node whose only host was lost tries again: with the lifeline's limit this makes less than 15 s."""
 
 ADVICE = "with --rdzv-endpoint a:29400,b:29400,c:29400 the others would have gone on"

@@ -34,7 +34,13 @@ if "--die" in sys.argv and name == "1":
 CHANGES_FROM_RUN_TO_RUN = {"MASTER_PORT", "SHOW_IN", "TMPDIR", "_"}
 """Of these variables only the presence is compared: ports are free ones, folders are the test's."""
 
-OURS = {"FT_RANK_MONITOR_IPC_SOCKET"}
+OURS = {
+    "FT_RANK_MONITOR_IPC_SOCKET",
+    "FT_CYCLE",
+    "FT_RESTART_COUNT_GLOBAL",
+    "FT_RESTART_REASON",
+    "FT_PREV_WORLD_SIZE",
+}
 
 
 class Seen:
