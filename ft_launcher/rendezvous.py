@@ -188,7 +188,8 @@ def _of_nodes(
     if static and is_host is None:
         is_host = node.infra_rank == 0
     # Torch looks up the name of whoever connects to a store, one after the other: with a bad resolver at most 1 s each.
-    os.environ.setdefault("RES_OPTIONS", BOUNDED_RESOLVER)
+    if parameters.max_nodes > 1:
+        os.environ.setdefault("RES_OPTIONS", BOUNDED_RESOLVER)
     handler = NodesRendezvous(parameters.run_id, parameters.backend)
     handler.meeting = Meeting(
         parameters.run_id,
