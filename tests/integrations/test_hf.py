@@ -1,0 +1,80 @@
+"""A Trainer of Hugging Face on two ranks: it survives every fault, and learns its timeouts."""
+
+import json
+
+import pytest
+
+from ft_launcher.integrations.hf_trainer import COMPLETE, last_checkpoint
+from ft_launcher.integrations.progress import LEAST_SECONDS
+from tests.integrations.conftest import hugging_face, result, train_disturbed, train_undisturbed
+
+pytestmark = pytest.mark.timeout(900)  # of which the shared trainings take what the machine needs
+
+
+@pytest.fixture(scope="module")
+def undisturbed(new_sandbox):
+    """What a training, watched by its heartbeats, to which nothing happened has said, and what it has learned."""
+    training = hugging_face(new_sandbox())
+    output = train_undisturbed(training, "--callback", json.dumps({"calculate_timeouts": True}), sections=None)
+    return output, json.loads((training.sandbox.path / "training" / "ft_state" / "_ft_state.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(new_sandbox):
+    return train_disturbed(
+        hugging_face(new_sandbox()),
+        *("--callback", json.dumps({"autoresume": True, "calculate_timeouts": True})),
+        *("--steps-per-run", "17"),
+        *("--fault", "hang@step:rank=0,step=18,restart=0"),
+        *("--fault", "kill@step:rank=1,step=22,restart=1"),
+        *("--fault", "hang@validation:rank=1,step=24,restart=2"),
+        *("--fault", "hang@saving:rank=0,step=28,restart=3"),
+        in_first_run=["--step-time", "0.65"],
+    )
+
+
+def test_a_training_that_fails_in_every_phase_ends_with_the_parameters_of_an_undisturbed_one(trained, undisturbed):
+    resumed = [line.rpartition("-")[2] for line in trained.output.splitlines() if line.startswith("resuming from")]
+    # The last start finds checkpoint 28 too, which has its name and no optimizer.
+    assert resumed[1:] == ["16", "16", "20", "20", "24"]
+    assert trained.result == result(undisturbed[0])
+
+
+def test_the_loop_of_a_job_script_ends_at_the_finished_flag(trained):
+    ends = [line for line in trained.output.splitlines() if line.startswith(("run ", "finished after"))]
+    assert ends == ["run 1 ended orderly", "run 2 ended orderly", "finished after 2 runs: max_steps=28 reached"]
+
+
+def test_the_sections_learned_in_one_run_limit_the_next_one(trained):
+    first, second = (state["current_timeouts"]["section"] for state in trained.learned)
+    assert set(first["calculated_sections"]) == {"step", "checkpointing"}
+    assert 5 * 0.65 <= first["section"]["step"] < 100
+    assert LEAST_SECONDS <= first["section"]["checkpointing"] < 100
+    kills = trained.kills()
+    assert kills[0][1:] == ("section 'step'", pytest.approx(first["section"]["step"], rel=0.01))
+    assert {(rank, what) for rank, what, _ in kills} >= {
+        ("0", "section 'step'"),  # in the training
+        ("1", "section 'step'"),  # in the validation
+        ("0", "section 'checkpointing'"),
+    }
+    assert all(seconds < 100 for _, _, seconds in kills)
+    assert set(second["calculated_sections"]) == {"setup", "step", "checkpointing"}
+    assert second["section"]["step"] == first["section"]["step"]  # no start of the second run had 16 steps
+
+
+def test_heartbeats_are_sent_and_learned_from_where_no_sections_are_configured(undisturbed):
+    learned = undisturbed[1]["current_timeouts"]
+    assert learned["heartbeat"]["were_calculated"]
+    assert LEAST_SECONDS <= learned["heartbeat"]["subsequent"] < 100
+    assert learned["heartbeat"]["initial"] == 100
+    assert learned["section"]["calculated_sections"] == []
+
+
+def test_the_last_checkpoint_is_the_newest_complete_one(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step in (8, 16, 100, 112):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    for step in (8, 100, 16):
+        (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
