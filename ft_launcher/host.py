@@ -15,6 +15,7 @@ from pathlib import Path
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
+from ft_launcher.addresses import LOOPBACK, is_loopback
 from ft_launcher.exchange import Keys, Leader, append, fill_gap, lead, perform
 from ft_launcher.formation import Settings
 from ft_launcher.lifeline import Beats
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 ANNOUNCEMENT = "ft_launcher/announcement"
 """The one key of the store whose name does not depend on the job: it says which job's store this is."""
-
-LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 
 PLACEMENT_LINES = 16
 """More nodes than these are left out of the printed placement; the file has them all."""
@@ -67,7 +66,7 @@ class Host:
         self._placement_path = placement_path
         address, self.port = listener.getsockname()[:2]
         is_wildcard = address in ("0.0.0.0", "::")  # noqa: S104 (compared, not bound)
-        self.address: str = LOOPBACK[listener.family] if is_wildcard else address
+        self.address: str = ("::1" if ":" in address else LOOPBACK) if is_wildcard else address
         self._store = TCPStore(
             self.address,
             self.port,
@@ -116,7 +115,7 @@ class Host:
 
     def _address_of(self, node: Node) -> str:
         """Give the node's address for others; one on this machine may know it only by a name that is loopback here."""
-        if node.address in LOOPBACK.values() or node.address.startswith("127."):
+        if is_loopback(node.address):
             return self.lifelines.address_seen() or node.address
         return node.address
 

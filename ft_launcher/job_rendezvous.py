@@ -22,6 +22,7 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
 )
 
+from ft_launcher.addresses import LOOPBACK, listen
 from ft_launcher.causes import Cause
 from ft_launcher.formation import Settings
 from ft_launcher.policy import NodeState
@@ -41,11 +42,9 @@ from ft_launcher.records import (
     Waiting,
 )
 from ft_launcher.rounds import Job
-from ft_launcher.worker_store import WorkerStore, listen
+from ft_launcher.worker_store import WorkerStore
 
-__all__ = ["BOUNDED_RESOLVER", "LOOPBACK", "Directive", "ForeignRendezvous", "JobRendezvous", "LoneNodeRendezvous"]
-
-LOOPBACK = "127.0.0.1"
+__all__ = ["BOUNDED_RESOLVER", "Directive", "ForeignRendezvous", "JobRendezvous", "LoneNodeRendezvous"]
 
 BOUNDED_RESOLVER = "timeout:1 attempts:1"
 """The C library's options for the launcher of several nodes, unless the user has chosen; not for its workers."""

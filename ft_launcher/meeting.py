@@ -18,6 +18,7 @@ from typing import NamedTuple
 import msgspec
 from torch.distributed import DistError
 
+from ft_launcher.addresses import is_loopback, is_own, listen, names_loopback
 from ft_launcher.causes import HostLost, Refused, TooFewNodes
 from ft_launcher.errors import UsageError
 from ft_launcher.exchange import Keys
@@ -257,7 +258,7 @@ class Meeting:
             self._why[look.endpoint] = " ".join(str(error).split("\n")[0].split())
             return None
         address = self._node.address or (host.address if host is not None else link.local_address)
-        if host is not None and not self._node.address and _is_loopback(address):
+        if host is not None and not self._node.address and is_loopback(address):
             address = self._own_address(look.endpoint, address)
         node = msgspec.structs.replace(self._node, id=node_id, address=address)
         title = f"{look.announcement.name} ({self._endpoints[look.endpoint]})"
@@ -301,16 +302,11 @@ class Meeting:
     def _listen(self, index: int) -> socket.socket | None:
         endpoint = self._endpoints[index]
         address = self._resolved(index)[0]
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        if self._is_host or (_is_loopback(address) and not _names_loopback(endpoint.host)):
-            address = "::" if family == socket.AF_INET6 else "0.0.0.0"  # noqa: S104 (the only address the others know)
-        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        if self._is_host or (is_loopback(address) and not names_loopback(endpoint.host)):
+            address = "::" if ":" in address else "0.0.0.0"  # noqa: S104 (the only address the others know)
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((address, endpoint.port))
-            listener.listen(4096)
+            return listen(address, endpoint.port)
         except OSError as error:
-            listener.close()
             if error.errno == errno.EADDRINUSE and "not the store" in self._why.get(index, ""):
                 raise UsageError(
                     f"--rdzv-endpoint {endpoint}: port {endpoint.port} of this machine is in use by another program,"
@@ -318,7 +314,6 @@ class Meeting:
                 ) from None
             self._why[index] = _reason(error)
             return None
-        return listener
 
     # -- addresses ------------------------------------------------------------------------------------------------
 
@@ -341,8 +336,8 @@ class Meeting:
         if (
             self._is_host is None
             and addresses
-            and _is_loopback(addresses[0])
-            and not _names_loopback(endpoint.host)
+            and is_loopback(addresses[0])
+            and not names_loopback(endpoint.host)
             and not own_names & {endpoint.host, endpoint.host.split(".")[0]}
         ):
             raise UsageError(
@@ -357,12 +352,12 @@ class Meeting:
             addresses = self._resolved(index)
             if not addresses:
                 return False
-            self._mine[index] = any(map(_is_own_address, addresses))
+            self._mine[index] = any(map(is_own, addresses))
         return self._mine[index]
 
     def _own_address(self, index: int, default: str) -> str:
         """Give the address under which other machines reach this one, when its name means the loopback here."""
-        if _names_loopback(self._endpoints[index].host):
+        if names_loopback(self._endpoints[index].host):
             return default  # all nodes are on this machine
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
@@ -418,21 +413,3 @@ def _reason(error: OSError) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "nobody listens there (is the launcher of that machine running?)"
     return error.strerror or str(error)
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
-
-
-def _names_loopback(host: str) -> bool:
-    return host == "localhost" or _is_loopback(host)
-
-
-def _is_own_address(address: str) -> bool:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
-    return True

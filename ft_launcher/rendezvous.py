@@ -22,12 +22,12 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from ft_launcher import ranks, torch_flags
+from ft_launcher.addresses import LOOPBACK, is_loopback, listen, names_loopback
 from ft_launcher.causes import Cause, HostLost
 from ft_launcher.errors import UsageError
 from ft_launcher.formation import Settings, Timing
 from ft_launcher.job_rendezvous import (
     BOUNDED_RESOLVER,
-    LOOPBACK,
     Directive,
     ForeignRendezvous,
     JobRendezvous,
@@ -54,7 +54,7 @@ from ft_launcher.records import (
     Terms,
     Waiting,
 )
-from ft_launcher.worker_store import WorkerStore, listen
+from ft_launcher.worker_store import WorkerStore
 
 __all__ = ["JobTerms", "NodesRendezvous", "open_rendezvous"]
 
@@ -218,10 +218,9 @@ def _with_address(node: Node, local_addr: str | None) -> Node:
 
 def _where_to_listen(attended: Attended) -> str:
     """The node's address; all of them ("") where it knows itself by a loopback address that means it only here."""
-    address, endpoint = attended.node.address, attended.where.host
-    is_named = endpoint != "localhost" and not endpoint.startswith("127.")
+    address = attended.node.address
     # The leader tells the workers the address that the others see (Host._address_of).
-    return "" if is_named and address.startswith("127.") else address
+    return "" if is_loopback(address) and not names_loopback(attended.where.host) else address
 
 
 class NodesRendezvous(JobRendezvous):

@@ -9,21 +9,7 @@ import socket
 
 from torch._C._distributed_c10d import TCPStore
 
-__all__ = ["WorkerStore", "listen"]
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Give a socket that listens at the address `host` ("": all). Raises OSError when the port is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(1024)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+__all__ = ["WorkerStore"]
 
 
 class WorkerStore:
