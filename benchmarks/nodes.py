@@ -37,8 +37,13 @@ class Nodes:
         count: int,
         max_restarts: int = 0,
         rdzv_conf: Mapping[str, object] | None = None,
+        namespaces: Mapping[str, str] | None = None,
     ) -> None:
-        """Start `count` launchers with one rank each; node 0 has the store."""
+        """Start `count` launchers with one rank each; node 0 has the store.
+
+        `namespaces`: those of the network that the launchers run in, as many, with their addresses on their `eth0`.
+        Without them all nodes have the loopback address.
+        """
         self._folder = Path(tempfile.mkdtemp(prefix="ftb_"))
         self._mark = uuid.uuid4().hex
         fifo = self._folder / "reports"
@@ -52,24 +57,27 @@ class Nodes:
             "FT_BENCH_REPORTS": str(fifo),
             "FT_BENCH_CLIENT": launcher.client,
             "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
+            "GLOO_SOCKET_IFNAME": "eth0" if namespaces else "lo",
             "TMPDIR": str(self._folder),
         }
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.started_at = time.monotonic()
         self.launchers: list[subprocess.Popen[bytes]] = []
-        for index in range(count):
+        places = [(["ip", "netns", "exec", name], address) for name, address in (namespaces or {}).items()]
+        places = places or [([], "127.0.0.1")] * count
+        for index, (enter, address) in enumerate(places):
             conf = {"is_host": int(index == 0), **(rdzv_conf or {})}
             command = [
+                *enter,
                 *launcher.command,
                 f"--nnodes={nnodes}",
                 "--nproc-per-node=1",
                 f"--max-restarts={max_restarts}",
                 "--rdzv-backend=c10d",
-                f"--rdzv-endpoint=127.0.0.1:{port}",
+                f"--rdzv-endpoint={places[0][1]}:{port}",
                 f"--rdzv-id={self._mark}",
-                "--local-addr=127.0.0.1",
+                f"--local-addr={address}",
                 "--rdzv-conf=" + ",".join(f"{key}={value}" for key, value in conf.items()),
                 str(NODE_WORKERS),
                 *map(str, worker),

@@ -7,7 +7,7 @@ import re
 import secrets
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -87,18 +87,25 @@ class Job:
         restarts: int = 1,
         endpoints: int = 1,
         light: bool = False,
+        quick: bool = True,
         faults: Sequence[str] = (),
+        work: Sequence[str] = (),
         **conf: str,
     ) -> None:
-        """Decide what `start` starts: the flags of ft_launcher, `conf` for --rdzv-conf, and what is trained."""
+        """Decide what `start` starts: the flags of ft_launcher, `conf` for --rdzv-conf, and what is trained.
+
+        Without `quick` whatever `conf` leaves open has its default, as users have it. `work`: another script than
+        trainer.py, and its arguments.
+        """
         self._flags = [
             *("--nnodes", nodes, "--nproc-per-node", "1", "--max-restarts", str(restarts)),
             *("--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", ",".join(self.endpoints[:endpoints])),
             *flags,
         ]
-        self._conf = QUICK | conf
+        self._conf = (QUICK if quick else {}) | conf
         self._work = [TRAINER, str(self.directory), *(["--light"] if light else [])]
         self._work += [word for fault in faults for word in ("--fault", fault)]
+        self._work = [*work] or self._work
 
     def start(self, *nodes: str, flags: Sequence[str] = (), **env: str) -> Running:
         """Start the launchers of `nodes`, with more `flags` behind those of the plan; give the last one."""
@@ -107,7 +114,7 @@ class Job:
             if isinstance(self.places[node], Machine):
                 # Here the endpoint is every launcher's own address; the tests want to know whom they kill.
                 conf["is_host"] = str(node == self.nodes[0]).lower()
-            settings = ["--rdzv-conf", ",".join(f"{key}={value}" for key, value in conf.items())]
+            settings = ["--rdzv-conf", ",".join(f"{key}={value}" for key, value in conf.items())] if conf else []
             # Torch makes that directory in every process that trains, wherever it is told to.
             own = {"TEST_NODE": node, "TORCHINDUCTOR_CACHE_DIR": str(self.directory / "inductor")}
             command = [*settings, *self._flags, *flags, *self._work]
@@ -185,7 +192,7 @@ class Job:
     def assert_ends(self, **codes: int) -> None:
         """Wait for the ends of the launchers, `node1=0` and so on; nothing of the job may be left."""
         found = {node: self.launchers[node].wait() for node in codes}
-        assert found == codes, self.output
+        assert found == codes
         self.sandbox.assert_clean()
 
     def assert_trained_like(self, undisturbed: list[float]) -> None:
@@ -216,6 +223,16 @@ class Job:
 
 def _gate(cycle: int, step: int, node: str) -> str:
     return f"{cycle}.{step}" + (f".{node}" if node else "")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add to the report of a failed test all that its job wrote: of what an assertion compares, pytest shows a part."""
+    report = yield
+    fixtures = getattr(item, "funcargs", {})
+    if report.failed:
+        report.sections += [(name, fixtures[name].output) for name in ("job", "local_job", "slurm") if name in fixtures]
+    return report
 
 
 @pytest.fixture

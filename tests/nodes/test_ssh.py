@@ -49,7 +49,7 @@ def test_the_script_trains_on_all_hosts_and_tells_the_output_of_each(sandbox):
     job = launch(sandbox, "--crash-at", "3")
     assert job.wait() == 0, job.output
     assert job.output.count("start: rank 0 of 2") == job.output.count("start: rank 1 of 2") == 2, job.output
-    assert "[127.0.0.1] finished step 8" in job.output
+    assert "[127.0.0.1] finished step 8" in job.output, job.output
     assert_nothing_runs(sandbox)
 
 
@@ -57,5 +57,5 @@ def test_the_end_of_the_script_is_the_end_on_all_hosts(sandbox):
     job = launch(sandbox, "--wait-at", "4")
     job.wait_for("waits at step 4", count=2)
     job.process.terminate()
-    assert job.wait() != 0
+    assert job.wait() != 0, job.output
     assert_nothing_runs(sandbox)
