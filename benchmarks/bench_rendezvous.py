@@ -1,10 +1,11 @@
 """How long a round takes to form again when nothing else is in the way: no workers, no launchers, no torch import.
 
 Ours: the leader of the launcher (`exchange.lead` with the real `Job`) beside a real TCPStore server in one process. The
-agents are the launcher's own generators (`exchange.append`, `exchange.receive`) on raw sockets, all of them in one
+agents are the launcher's own generators (`exchange.append`, `say_ready`, `receive`) on raw sockets, all of them in one
 other process (`--processes`), so that thousands fit on a machine; each has one connection on which it is blocked in its
-mailbox, and one to write events. One rank fails, all are told to stop, and all say Ready: from the first of them to the
-moment when the last has its place. The agents' own work, all on one core here, is in it.
+mailbox, and one to write events. One rank fails, all are told to stop, and all say that they are ready: from the first
+of them to the moment when the last has its place. What the agents' sockets cost, all on one core here, is in it; what
+each would do with its messages on a machine of its own (see `Agent`) is not.
 
 torch: its dynamic rendezvous with its own code, each agent a thread with a TCPStore client of its own, all in
 `next_rendezvous` again. What it moves is counted too.
@@ -27,20 +28,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import Any
 
 from harness import quantile
-from tcpstore_wire import Connection, check
+from tcpstore_wire import Connection, check, frames
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from ft_launcher.causes import Exited, ShutDown
-from ft_launcher.exchange import Keys, Leader, append, lead, perform, receive
+from ft_launcher.exchange import Keys, Leader, Mailbox, Steps, append, gather, lead, perform, receive, say_ready, tidy
 from ft_launcher.formation import Settings, Timing
 from ft_launcher.policy import NodeState
-from ft_launcher.records import Assigned, End, Joined, Message, Node, Ready, Reported, Requested, Stop, Terms
+from ft_launcher.records import Assigned, End, Event, Joined, Message, Node, Ready, Reported, Requested, Stop, Terms
 from ft_launcher.rounds import Job
 from ft_launcher.seal import Seal
 
@@ -99,9 +101,13 @@ def serve(n: int, profile: str) -> None:
     """Run store and leader until the job ends. Prints the port, and at the end what it cost."""
     store = open_store()
     check("127.0.0.1", store.port)
+    gc.collect()
+    gc.freeze()  # as the launcher does
     leader = Leader(Job(settings(n), node(0, n), time.monotonic()))
     print(store.port, flush=True)
-    steps = lead(KEYS, SEAL, leader, lambda job: job.outcome is not None)
+    stopped: SimpleQueue[tuple[int, list[str]]] = SimpleQueue()
+    threading.Thread(target=gather_all, args=(store.port, stopped), daemon=True).start()
+    steps = lead(KEYS, SEAL, leader, lambda job: job.outcome is not None, lambda *each: stopped.put(each))
     before, leader_before = time.process_time(), time.thread_time()
     if profile:
         import cProfile
@@ -117,116 +123,198 @@ def serve(n: int, profile: str) -> None:
     sys.stdin.read()  # the agents still read their last messages
 
 
+def gather_all(port: int, stopped: "SimpleQueue[tuple[int, list[str]]]") -> None:
+    """Wait for the nodes of each round that the leader has stopped, as the launcher does."""
+    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    while True:
+        perform(gather(KEYS, SEAL, *stopped.get()), store, time.monotonic)
+
+
 # -- ours: the agents -------------------------------------------------------------------------------------------------
 
 
+class Letter:
+    """A message that an agent waits for: the steps that read it, and what is sent for them."""
+
+    __slots__ = ("get", "steps", "value", "wait")
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self.steps = receive(KEYS, SEAL, mailbox)
+        (self.wait, _, _), (self.get, _, _) = frames(next(self.steps))
+        self.value = b""
+
+    def open(self) -> Message | None:
+        """Give the message."""
+        try:
+            self.steps.send(self.value)
+        except StopIteration as end:
+            message: Message | None = end.value
+            return message
+        raise SystemExit("a message could not be read at once")
+
+
 class Agent:
-    """One node: what it has received, and the two connections."""
+    """One node: the connection on which it waits for mail, and one, perhaps shared, for its events.
 
-    __slots__ = ("_crowd", "_number", "inbox", "node", "outbox")
+    What it sends is sealed and framed before the time is taken, and what it receives is opened afterwards: in a job
+    each node does that on a machine of its own, beside the others. What goes over the sockets, and when, is the same.
+    """
 
-    def __init__(self, crowd: "Crowd", itself: Node, inbox: Connection, outbox: "Outbox") -> None:
-        self._crowd, self.node, self.inbox, self.outbox = crowd, itself, inbox, outbox
-        self._number = 0
+    __slots__ = ("_is_reading", "_letters", "_pending", "inbox", "node", "outbox", "ready", "used")
 
-    def listen(self) -> None:
-        """Wait for the next message, as Link does."""
-        self.inbox.start(receive(KEYS, SEAL, self.node.id, self._number), self._received)
+    def __init__(self, itself: Node, inbox: Connection, outbox: "Outbox") -> None:
+        self.node, self.inbox, self.outbox = itself, inbox.sock, outbox
+        self.ready = b""
+        self.used: list[str] = []
+        self._letters: list[Letter] = []
+        self._is_reading = False
+        self._pending = b""
+        for number in (0, 1):
+            self._expect(number)
+        self.inbox.send(self._letters[0].wait)
 
-    def _received(self, message: Message | None) -> None:
-        self._number += 1
-        if not isinstance(message, End):
-            self.listen()
-        self._crowd.count(self, message)
+    def _expect(self, number: int) -> None:
+        mailbox = Mailbox(self.node.id)
+        mailbox.received, mailbox.used = number, self.used
+        self._letters.append(Letter(mailbox))
+
+    def tell(self, event: Event) -> None:
+        """Append `event` to the log, behind the others."""
+        self.outbox.send(append(KEYS, SEAL, event))
+
+    def prepare(self, round_: int) -> None:
+        """Get ready to say that it is ready after this round."""
+        (frame, _, _), *_ = frames(next(say_ready(KEYS, SEAL, Ready(self.node.id, 40000), round_)))
+        self.ready = frame
+
+    def say_ready(self) -> None:
+        """Say it."""
+        self.outbox.connection.sock.send(self.ready)
+
+    def readable(self) -> bool:
+        """Take in what has come, and go on; say whether it was a message."""
+        received = self.inbox.recv(4096)
+        if not self._is_reading:
+            self._is_reading = True
+            self.inbox.send(self._letters[0].get)
+            return False
+        self._pending += received
+        if len(self._pending) < 8 or len(self._pending) < 8 + int.from_bytes(self._pending[:8], "little"):
+            return False
+        self._letters[0].value, self._pending, self._is_reading = self._pending[8:], b"", False
+        self.inbox.send(self._letters[1].wait)
+        return True
+
+    def open(self, number: int) -> Message | None:
+        """Give the message of this number, the last that has come."""
+        letter = self._letters.pop(0)
+        self._expect(number + 2)
+        return letter.open()
 
 
 class Outbox:
     """A connection on which events go out one after the other. It may belong to several agents, see `Crowd`."""
 
-    __slots__ = ("_events", "connection", "is_idle")
+    __slots__ = ("_waiting", "connection", "is_idle")
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self._events: list[Any] = []
+        self._waiting: list[Steps[None]] = []
         self.is_idle = True
 
-    def send(self, event: Any) -> None:
-        """Append `event` to the log, behind the others."""
-        self._events.append(event)
+    def send(self, steps: Steps[None]) -> None:
+        """Go these steps, behind the others."""
+        self._waiting.append(steps)
         if self.is_idle:
             self._next(None)
 
+    def readable(self) -> bool:
+        """Take in what has come, and go on."""
+        self.connection.readable()
+        return False
+
     def _next(self, _: None) -> None:
-        self.is_idle = not self._events
-        if self._events:
-            self.connection.start(append(KEYS, SEAL, self._events.pop(0)), self._next)
+        self.is_idle = not self._waiting
+        if self._waiting:
+            self.connection.start(self._waiting.pop(0), self._next)
 
 
 class Crowd:
-    """The agents of one process, on one epoll."""
+    """The agents of one process, on one epoll. Each turn of theirs ends with one message for each of them."""
 
     def __init__(self, port: int, indices: Sequence[int], n: int, connections: int) -> None:
         """`connections`: how many there may be. Where two per agent are too many, some share one for their events."""
+        self._port = port
         self._epoll = select.epoll()
-        self._by_fd: dict[int, Connection] = {}
-        self._seen: dict[type, int] = {}
-        outboxes = [Outbox(self._connect(port)) for _ in range(min(len(indices), connections - len(indices)))]
-        self.agents = [
-            Agent(self, node(index, n), self._connect(port), outboxes[at % len(outboxes)])
-            for at, index in enumerate(indices)
-        ]
-        for agent in self.agents:
-            agent.listen()
+        self._by_fd: dict[int, Callable[[], bool]] = {}
+        self._turns = self._arrived = 0
+        outboxes = []
+        for _ in range(min(len(indices), connections - len(indices))):
+            outboxes.append(Outbox(self._connect()))
+            self._listen(outboxes[-1].connection, outboxes[-1].readable)
+        self.agents = []
+        for at, index in enumerate(indices):
+            inbox = self._connect()
+            self.agents.append(Agent(node(index, n), inbox, outboxes[at % len(outboxes)]))
+            self._listen(inbox, self.agents[-1].readable)
 
-    def _connect(self, port: int) -> Connection:
-        connection = Connection(("127.0.0.1", port))
-        self._by_fd[connection.sock.fileno()] = connection
+    def _connect(self) -> Connection:
+        return Connection(("127.0.0.1", self._port))
+
+    def _listen(self, connection: Connection, readable: Callable[[], bool]) -> None:
+        self._by_fd[connection.sock.fileno()] = readable
         self._epoll.register(connection.sock, select.EPOLLIN)
-        return connection
 
-    def count(self, agent: Agent, message: Message | None) -> None:
-        """Note that `agent` has received `message`."""
-        self._seen[type(message)] = self._seen.get(type(message), 0) + 1
-        if isinstance(message, Assigned):
-            place = (message.group_rank, message.group_world_size, message.rank, message.world_size)
-            n = message.group_world_size
-            if place != (int(agent.node.id, 16), n, RANKS * message.group_rank, RANKS * n):
-                raise SystemExit(f"node {agent.node.name} was given a place that is not its own: {message}")
-
-    def send(self, *events: Callable[[Agent], Any]) -> None:
-        """Have all agents send these events; what they are answered meanwhile is not left lying.
+    def all(self, send: Callable[[Agent], None]) -> None:
+        """Have all agents send something; what they are answered meanwhile is not left lying.
 
         Or the first ones would take their places in the log long before they write there, as this process, which is
         all of them, comes to that: real agents do not wait for each other.
         """
         for at, agent in enumerate(self.agents):
-            for event in events:
-                agent.outbox.send(event(agent))
+            send(agent)
             if at % TOGETHER == TOGETHER - 1:
-                for fd, _ in self._epoll.poll(0):
-                    self._by_fd[fd].readable()
+                self._take_in(0)
 
     def until_all_have(self, kind: type) -> float:
-        """Wait until each agent has received a message of this kind once more, and give the instant."""
-        wanted, by_fd, poll = len(self.agents), self._by_fd, self._epoll.poll
-        while self._seen.get(kind, 0) < wanted:
-            for fd, _ in poll():
-                by_fd[fd].readable()
+        """Wait until each agent has received a message, and give the instant. It must be one of this kind."""
+        while self._arrived < len(self.agents):
+            self._take_in(None)
         at = time.monotonic()
-        del self._seen[kind]
-        self._settle()
+        self.settle()
+        for agent in self.agents:
+            message = agent.open(self._turns)
+            if not isinstance(message, kind):
+                raise SystemExit(f"node {agent.node.name} was told {message}, not {kind.__name__}")
+            if isinstance(message, Assigned):
+                check_place(agent.node, message)
+        self._turns += 1
+        self._arrived = 0
         return at
 
-    def _settle(self) -> None:
+    def _take_in(self, seconds: float | None) -> bool:
+        ready = self._epoll.poll(seconds)
+        self._arrived += sum([self._by_fd[fd]() for fd, _ in ready])
+        return bool(ready)
+
+    def settle(self) -> None:
         """Take part in what goes on until nothing has come for a while: the agents wait in their mailboxes again."""
-        while ready := self._epoll.poll(0.1):
-            for fd, _ in ready:
-                self._by_fd[fd].readable()
+        while self._take_in(0.1):
+            pass
 
 
-def ready(agent: Agent) -> Ready:
-    """Give what an agent says whose workers have stopped."""
-    return Ready(agent.node.id, 40000)
+def check_place(itself: Node, message: Assigned) -> None:
+    """Make sure that the node was given the place that it must have."""
+    place = (message.group_rank, message.group_world_size, message.rank, message.world_size)
+    n = message.group_world_size
+    if place != (int(itself.id, 16), n, RANKS * message.group_rank, RANKS * n):
+        raise SystemExit(f"node {itself.name} was given a place that is not its own: {message}")
+
+
+def join(agent: Agent) -> None:
+    """Say what a new agent says."""
+    agent.tell(Joined(agent.node))
+    agent.tell(Ready(agent.node.id, 40000))
 
 
 def crowd(port: int, first: int, last: int, n: int, connections: int) -> None:
@@ -241,21 +329,26 @@ def crowd(port: int, first: int, last: int, n: int, connections: int) -> None:
         at = began
         match line.strip():
             case "join":
-                agents.send(lambda agent: Joined(agent.node), ready)
+                agents.all(join)
                 at = agents.until_all_have(Assigned)
                 round_ += 1
             case "fail":  # one agent, of the first crowd, has a rank that fails
                 if first == 0:
                     failed = agents.agents[0].node.id
-                    agents.agents[0].outbox.send(Reported(failed, round_, NodeState.FAILED, Exited(1), 0))
+                    agents.agents[0].tell(Reported(failed, round_, NodeState.FAILED, Exited(1), 0))
                 at = agents.until_all_have(Stop)
+                for agent in agents.agents:
+                    agent.prepare(round_)
             case "ready":
-                agents.send(ready)
+                agents.all(Agent.say_ready)
                 at = agents.until_all_have(Assigned)
                 round_ += 1
+            case "tidy":  # as they do when nothing has come or gone for a second
+                agents.all(lambda agent: agent.outbox.send(tidy(agent.used)))
+                agents.settle()
             case "end":
                 if first == 0:
-                    agents.agents[0].outbox.send(Requested(agents.agents[0].node.id, round_, ShutDown()))
+                    agents.agents[0].tell(Requested(agents.agents[0].node.id, round_, ShutDown()))
                 at = agents.until_all_have(End)
         print(json.dumps({"began": began, "at": at, "cpu": time.process_time() - cpu}), flush=True)
 
@@ -320,6 +413,7 @@ def ours(n: int, rounds: int, processes: int, profile: str) -> Figures:
             taken, cpu = _turn(crowds, "ready")
             figures.formed.append(taken)
             figures.agents_cpu.append(cpu)
+            _turn(crowds, "tidy")
         _turn(crowds, "end")
         cpu = host.hear()
         figures.leader_cpu, figures.store_cpu = cpu["leader"], cpu["process"] - cpu["leader"]

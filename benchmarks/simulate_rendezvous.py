@@ -1,6 +1,6 @@
 """What a round costs with up to 10,000 nodes: the launcher's own code in virtual time, on a model of torch's store.
 
-The nodes run `exchange.append` and `exchange.receive`, the leader `exchange.lead` with the real `Job`; only the store
+The nodes run `exchange.append`, `say_ready` and `receive`, the host `lead` with the real `Job` and `gather`; the store
 is a model: a server that takes one request after the other, each for as long as a real TCPStore needed for it. Those
 costs are in tcpstore_costs.json beside this file; `--measure` takes them anew. Requests and bytes are counted as they
 would be on the wire, for every node and for the leader; they do not depend on the costs but for how many events the
@@ -33,14 +33,20 @@ from ft_launcher.exchange import (
     Delete,
     Get,
     Leader,
+    Mailbox,
     MultiGet,
     MultiSet,
     Now,
     Operation,
+    Steps,
     Wait,
+    WaitAll,
     append,
+    gather,
     lead,
     receive,
+    say_ready,
+    tidy,
 )
 from ft_launcher.policy import NodeState
 from ft_launcher.records import Assigned, Event, Joined, Message, Ready, Reported, Stop
@@ -79,9 +85,7 @@ class Costs:
                 base = self.compare_set
             case Delete():
                 base = self.delete
-            case MultiSet(keys, _):
-                base = self.wait + self.per_key * len(keys)
-            case MultiGet(keys, _):
+            case MultiSet(keys, _) | MultiGet(keys, _) | WaitAll(keys):
                 base = self.wait + self.per_key * len(keys)
             case Get() if index:
                 base = self.get
@@ -260,6 +264,8 @@ class ModelStore:
                 self._wait(client, [key], math.inf)
             case Wait(key, seconds):
                 self._wait(client, [key], seconds)
+            case WaitAll(keys):
+                self._wait(client, keys, math.inf)
             case MultiGet(keys, seconds):
                 self._wait(client, keys, seconds)
             case Now():
@@ -354,8 +360,8 @@ class SimulatedNode:
         self.node = node(index, n)
         self._on_message = on_message
         self.inbox, self.outbox = (Client(world, store, _node_cpu) for _ in range(2))
-        self._number = 0
-        self._events: list[Event] = []
+        self._mailbox = Mailbox(self.node.id)
+        self._outgoing: list[Steps[None]] = []
         self._listen()
 
     @property
@@ -370,23 +376,33 @@ class SimulatedNode:
 
     def send(self, event: Event) -> None:
         """Append `event` to the log, behind the others."""
-        self._events.append(event)
-        if len(self._events) == 1:
+        self._go(append(KEYS, SEAL, event))
+
+    def say_ready(self, round_: int) -> None:
+        """Say so after the round that the leader has stopped."""
+        self._go(say_ready(KEYS, SEAL, Ready(self.node.id, 40000), round_))
+
+    def tidy(self) -> None:
+        """Delete what it has read, as it does when nothing has come or gone for a while."""
+        self._go(tidy(self._mailbox.used))
+
+    def _go(self, steps: Steps[None]) -> None:
+        self._outgoing.append(steps)
+        if len(self._outgoing) == 1:
             self._next()
 
     def _next(self) -> None:
-        self.outbox.start(append(KEYS, SEAL, self._events[0]), self._sent)
+        self.outbox.start(self._outgoing[0], self._sent)
 
     def _sent(self, _: None) -> None:
-        del self._events[0]
-        if self._events:
+        del self._outgoing[0]
+        if self._outgoing:
             self._next()
 
     def _listen(self) -> None:
-        self.inbox.start(receive(KEYS, SEAL, self.node.id, self._number), self._received)
+        self.inbox.start(receive(KEYS, SEAL, self._mailbox), self._received)
 
     def _received(self, message: Message | None) -> None:
-        self._number += 1
         self._listen()
         self._on_message(self, message)
 
@@ -442,8 +458,12 @@ def simulate(n: int, costs: Costs, latency: float, *, with_leader_cpu: bool = Tr
     world = World()
     store = ModelStore(world, costs, latency)
     leader = Leader(Job(settings(n), node(0, n), world.now))
-    leading = Client(world, store, _LeaderCpu() if with_leader_cpu else _node_cpu)
-    leading.start(lead(KEYS, SEAL, leader, lambda _: False), lambda _: None)
+    leading, gathering = (Client(world, store, _LeaderCpu() if with_leader_cpu else _node_cpu) for _ in range(2))
+
+    def on_stop(round_: int, node_ids: list[str]) -> None:
+        gathering.start(gather(KEYS, SEAL, round_, node_ids), lambda _: None)
+
+    leading.start(lead(KEYS, SEAL, leader, lambda _: False, on_stop), lambda _: None)
     seen: dict[type, int] = defaultdict(int)
     ranks: set[int] = set()
 
@@ -452,18 +472,20 @@ def simulate(n: int, costs: Costs, latency: float, *, with_leader_cpu: bool = Tr
         if isinstance(message, Assigned):
             ranks.add(message.group_rank)
         elif isinstance(message, Stop):
-            itself.send(Ready(itself.node.id, 40000))
+            itself.say_ready(message.round)
 
     nodes = [SimulatedNode(world, store, index, n, on_message) for index in range(n)]
     for each in nodes:
         each.send(Joined(each.node))
         each.send(Ready(each.node.id, 40000))
     world.run(lambda: seen[Assigned] == n)
-    _rest(world)
+    _rest(world, nodes)
     seen.clear()
     ranks.clear()
     before = [(each.requests, each.moved) for each in nodes]
-    leader_before, busy, began = (leading.requests, leading.moved), store.busy, world.now
+    host = (leading, gathering)
+    host_before = sum(each.requests for each in host), sum(each.moved for each in host)
+    busy, began = store.busy, world.now
     outcome = Outcome(n)
     nodes[-1].send(Reported(nodes[-1].node.id, 0, NodeState.FAILED, Exited(1), 8 * n - 8))
     world.run(lambda: seen[Stop] == n)
@@ -471,19 +493,21 @@ def simulate(n: int, costs: Costs, latency: float, *, with_leader_cpu: bool = Tr
     began = world.now
     world.run(lambda: seen[Assigned] == n)
     outcome.formed = world.now - began
-    _rest(world)
+    _rest(world, nodes)
     if ranks != set(range(n)):
         raise RuntimeError(f"{len(ranks)} of {n} group ranks were given")
     outcome.node_requests = [each.requests - was for each, (was, _) in zip(nodes, before, strict=True)]
     outcome.node_bytes = [each.moved - was for each, (_, was) in zip(nodes, before, strict=True)]
-    outcome.leader_requests = leading.requests - leader_before[0]
-    outcome.leader_bytes = leading.moved - leader_before[1]
+    outcome.leader_requests = sum(each.requests for each in host) - host_before[0]
+    outcome.leader_bytes = sum(each.moved for each in host) - host_before[1]
     outcome.store_busy = store.busy - busy
     return outcome
 
 
-def _rest(world: World) -> None:
-    """Let what is on its way arrive, so that everybody waits."""
+def _rest(world: World, nodes: Sequence[SimulatedNode]) -> None:
+    """Let what is on its way arrive, and the nodes tidy up, so that everybody waits."""
+    for each in nodes:
+        world.at(world.now + 1.0, each.tidy)
     until: list[bool] = []
     world.at(world.now + 5.0, until.append, True)
     world.run(lambda: bool(until))

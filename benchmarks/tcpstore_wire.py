@@ -13,7 +13,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-from ft_launcher.exchange import Add, CompareSet, Delete, Get, MultiGet, MultiSet, Now, Operation, Wait
+from ft_launcher.exchange import Add, CompareSet, Delete, Get, MultiGet, MultiSet, Now, Operation, Wait, WaitAll
 
 # torch/csrc/distributed/c10d/TCPStoreBackend.hpp, enum class QueryType
 VALIDATE, SET, COMPARE_SET, GET, ADD, CHECK, WAIT, GETNUMKEYS, DELETE_KEY, APPEND, MULTI_GET, MULTI_SET = range(12)
@@ -74,6 +74,7 @@ _FRAMES: dict[type, Callable[[Any], list[Frame]]] = {
     MultiSet: _multi_set,
     Now: lambda _: [],
     Wait: lambda each: [_wait([each.key])],
+    WaitAll: lambda each: [_wait(each.keys)],
 }
 
 
@@ -194,6 +195,7 @@ def check(address: str, port: int) -> None:
             perform_one(ours, MultiSet(["wire/a", "wire/b"], [b"A", b""])),
             perform_one(ours, MultiGet(["wire/a", "wire/b"], 1.0)),
             perform_one(ours, Wait("wire/a", 1.0)),
+            perform_one(ours, WaitAll(["wire/a", "wire/b"])),
             perform_one(ours, Delete("wire/a")),
         ]
         seen += [torchs.add("wire/count", 0), torchs.get("wire/once"), torchs.check(["wire/a"])]
@@ -201,6 +203,6 @@ def check(address: str, port: int) -> None:
             torchs.delete_key(key)
     finally:
         ours.sock.close()
-    wanted = [b"from torch", 3, b"first", b"first", None, [b"A", b""], True, 1, 3, b"first", False]
+    wanted = [b"from torch", 3, b"first", b"first", None, [b"A", b""], True, True, 1, 3, b"first", False]
     if seen != wanted:
         raise SystemExit(f"torch's TCPStore speaks another protocol than the one known here: {seen}, not {wanted}")

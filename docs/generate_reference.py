@@ -22,6 +22,7 @@ from ft_launcher.causes import (
     NodeLost,
     NotMonitored,
     OutOfMemory,
+    Preempted,
     Refused,
     ShutDown,
     Signalled,
@@ -51,6 +52,8 @@ CAUSES: dict[str, Cause] = {
     "the host of the rendezvous was lost": HostLost("the rendezvous host at node1:29400 was lost (...)"),
     "nodes were told different things": Refused("node b (pid 7) has --nnodes 2:4, node a (pid 9) has 3:4; ..."),
     "the launcher was signalled": LauncherSignalled(signal.SIGTERM),
+    "all ranks have ended for a notice": Preempted("SIGTERM", "node1", 41),
+    "the time that a cloud gave was over": Preempted("aws: ...", unsaved="rank 1 (pid 4242, node b): at step 40"),
 }
 
 

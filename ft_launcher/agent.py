@@ -32,6 +32,7 @@ from ft_launcher.causes import (
     Hung,
     MonitorsFailed,
     OutOfMemory,
+    Preempted,
     ShutDown,
     Signalled,
     Unkillable,
@@ -49,7 +50,10 @@ from ft_launcher.messages import (
     WorkloadAction,
 )
 from ft_launcher.monitors import CHECK_SECONDS, MonitorsFailedError, RankMonitors
+from ft_launcher.node_preemption import NodePreemption
+from ft_launcher.noticing import Notices
 from ft_launcher.policy import NodeState
+from ft_launcher.preempting import STOP_SECONDS
 from ft_launcher.rank_monitor_client import SOCKET_ENV
 from ft_launcher.records import End, Leave, Stop
 from ft_launcher.signals import StopSignals
@@ -98,6 +102,8 @@ class FtAgent(LocalElasticAgent):
         graces: Graces,
         *,
         rendezvous: JobRendezvous,
+        notices: Notices,
+        preemption_grace: float | None,
         wake_every: float | None,
         exit_barrier_timeout: float,
         **torch_arguments: Any,
@@ -118,6 +124,9 @@ class FtAgent(LocalElasticAgent):
         # Where a signal comes between two looks at the workers, torch stops them itself.
         self._shutdown_timeout = ceil(graces.signal)
         self._signals = signals
+        self._preemption = NodePreemption(rendezvous, monitors, notices, graces.signal, preemption_grace)
+        signals.ranks_run = lambda: bool(self._ranks) or self._settled is not None
+        signals.all_listen = lambda: bool(self._ranks) and monitors.all_listen()
         self._ranks: dict[int, processes.Process] = {}
         self._hangs: dict[int, RankHung] = {}
         self._abandoned: set[int] = set()
@@ -165,7 +174,8 @@ class FtAgent(LocalElasticAgent):
         self._hangs.clear()
         self.causes = {}
         self._settled = None
-        pids: dict[int, int] = super()._start_workers(worker_group)
+        with self._signals.kept_from_ranks(has_shim=isinstance(worker_group.spec.entrypoint, str)):
+            pids: dict[int, int] = super()._start_workers(worker_group)
         # Torch's context has put its own handlers in place.
         self._signals.install()
         self._ranks = {local_rank: processes.Process(pid) for local_rank, pid in pids.items()}
@@ -184,6 +194,7 @@ class FtAgent(LocalElasticAgent):
             # The exit codes first, then the monitors: what a rank asked for before it died is then surely there.
             codes = self._exit_codes()
             self._hear(worker_group)
+            self._preemption.look(codes, lambda local_rank: self._who(worker_group, local_rank))
             return self._judge(worker_group, codes)
         except SignalException as received:
             self._stop(received.sigval, self._graces.signal)
@@ -204,9 +215,11 @@ class FtAgent(LocalElasticAgent):
             return
         poll = select.poll()
         of_job = self._job.fileno
-        for fd in (*running, *self._monitors.filenos(), *([] if of_job is None else [of_job])):
+        fds = (*running, *self._monitors.filenos(), self._preemption.fileno(), *([] if of_job is None else [of_job]))
+        for fd in fds:
             poll.register(fd, select.POLLIN)
-        poll.poll(self._wake_every * 1000)
+        wait = min(self._wake_every, max(0.0, self._preemption.due() - time.monotonic()))
+        poll.poll(ceil(wait * 1000))
 
     def _exit_codes(self) -> dict[int, int | None]:
         """The workers' return codes by local rank; None: running, or not a child that can be asked."""
@@ -214,9 +227,11 @@ class FtAgent(LocalElasticAgent):
             return {rank: each.proc.poll() for rank, each in self._pcontext.subprocess_handlers.items()}
         return {}
 
-    @staticmethod
-    def _failed(codes: Mapping[int, int | None]) -> list[int]:
-        return [local_rank for local_rank, code in codes.items() if code]
+    def _failed(self, codes: Mapping[int, int | None]) -> list[int]:
+        return [rank for rank, code in codes.items() if code and not self._preemption.has_left(rank)]
+
+    def _preempted(self, codes: Mapping[int, int | None]) -> bool:
+        return any(code and self._preemption.has_left(rank) for rank, code in codes.items())
 
     def _hear(self, worker_group: WorkerGroup) -> None:
         try:
@@ -267,11 +282,15 @@ class FtAgent(LocalElasticAgent):
         if self._settled is None and self._job.directive() is None:
             self._settle(worker_group, codes)
         match self._job.directive():
+            case None if self._preemption.must_end():
+                return self._end_in_time(worker_group, codes)
             case None:
                 settled, barrier = self._settled, self._exit_barrier_seconds
-                done = settled is not None and settled.state is NodeState.SUCCEEDED and self._job.may_leave
+                done = settled is not None and settled.state is not NodeState.FAILED and self._job.may_leave
                 if done and settled is not None and time.monotonic() - settled.at > barrier:
                     logger.warning("the other nodes have not finished within %g s; leaving", barrier)
+                    if settled.state is NodeState.PREEMPTED:
+                        self._remaining_restarts, self.cause = 0, self._preemption.cause()
                     return settled.result
                 return RunResult(state=WorkerState.HEALTHY)
             case Stop():
@@ -290,6 +309,9 @@ class FtAgent(LocalElasticAgent):
     def _settle(self, worker_group: WorkerGroup, codes: Mapping[int, int | None]) -> None:
         """Find out whether the workers have ended, or must, and tell the leader."""
         failed = self._failed(codes)
+        if self._preemption.was_signalled(signal.SIGTERM) and any(codes[each] == -signal.SIGTERM for each in failed):
+            # It went to the ranks as well, as with Slurm's scancel, and they do not listen: this is no failure.
+            raise SignalException("SIGTERM, for the ranks too", sigval=signal.SIGTERM)
         if failed:
             failures = self._failures(worker_group, failed)
             cause = worst(self.causes[local_rank] for local_rank in failed)
@@ -305,8 +327,15 @@ class FtAgent(LocalElasticAgent):
         if None in codes.values() and not getattr(self, "_uninterruptible_state_timeout", 0):
             # Torch would look again, and stop the others in its own way for one that has failed since.
             return
+        if self._preempted(codes):
+            if None not in codes.values():
+                self._stop(signal.SIGTERM, min(self._graces.stop, LEFTOVER_SECONDS))
+                self._settle_as_preempted()
+            return
         result: RunResult = super()._monitor_workers(worker_group)
-        if result.state == WorkerState.SUCCEEDED:
+        if result.failures and all(self._preemption.has_left(each.local_rank) for each in result.failures.values()):
+            self._settle_as_preempted()  # functions (--run-path)
+        elif result.state == WorkerState.SUCCEEDED:
             # Only what the ranks have left running is still there.
             self._stop(signal.SIGTERM, min(self._graces.stop, LEFTOVER_SECONDS))
             self._settled = _Settled(NodeState.SUCCEEDED, result, time.monotonic())
@@ -317,6 +346,10 @@ class FtAgent(LocalElasticAgent):
             rank, failure = next(iter(result.failures.items()), (None, None))
             self.cause = from_returncode(failure.exitcode) if failure is not None else Exited(1)
             self._job.report(NodeState.FAILED, self.cause, rank)
+
+    def _settle_as_preempted(self) -> None:
+        self._settled = _Settled(NodeState.PREEMPTED, RunResult(WorkerState.FAILED, {}, {}), time.monotonic())
+        self._job.report(NodeState.PREEMPTED)
 
     def _stop_the_rest(self, worker_group: WorkerGroup, failed: list[int]) -> dict[int, ProcessFailure]:
         self._stop(signal.SIGTERM, self._graces.stop)
@@ -345,9 +378,16 @@ class FtAgent(LocalElasticAgent):
             failures |= self._stop_the_rest(worker_group, failed)
         is_ours = self._settled is not None and cause == self.cause
         self.cause, self.origin = cause, "" if is_ours else origin
-        if cause is not None and not is_ours:
+        if cause is not None and not is_ours and not isinstance(cause, Preempted):
             logger.error("ending the job: %s%s", f"{origin}: " if origin else "", sentence(cause))
         return RunResult(WorkerState.FAILED, {}, failures)
+
+    def _end_in_time(self, worker_group: WorkerGroup, codes: Mapping[int, int | None]) -> RunResult:
+        """End what still runs: this node is about to be taken away."""
+        self.cause, self.origin = self._preemption.end(codes, lambda rank: self._who(worker_group, rank)), ""
+        self._remaining_restarts = 0
+        self._stop(signal.SIGTERM, STOP_SECONDS)
+        return RunResult(WorkerState.FAILED, {}, {})
 
     # -- saying why -----------------------------------------------------------------------------------------------
 
@@ -451,6 +491,11 @@ class FtAgent(LocalElasticAgent):
             keep |= {survivor.pid for survivor in survivors}
             processes.reap(adopted)
         return survivors
+
+    @property
+    def is_preempted(self) -> bool:
+        """All workers of this node have ended for a notice."""
+        return self._settled is not None and self._settled.state is NodeState.PREEMPTED
 
     def note_end(self) -> None:
         """Take over why the job ended from the rendezvous, where it ended without asking the agent."""

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from ft_launcher.messages import WorkloadControlRequest
 from ft_launcher.rank_monitor_client import SOCKET_ENV, RankMonitorClient
@@ -35,6 +36,14 @@ class NoMonitorClient(RankMonitorClient):
     def section(self, name: str) -> Iterator[None]:  # noqa: ARG002
         """Do nothing."""
         yield
+
+    def should_checkpoint(self, step: int) -> bool:  # noqa: ARG002
+        """Say no: nobody is there who could give notice."""
+        return False
+
+    def exit_for_preemption(self) -> NoReturn:
+        """Raise SystemExit with the code that it has under ft_launcher."""
+        raise SystemExit(os.EX_TEMPFAIL)
 
     def calculate_and_set_hb_timeouts(self, skip_if_not_ready: bool = False) -> bool:  # noqa: ARG002
         """Do nothing, and say so."""

@@ -13,8 +13,8 @@ else:
     from typing_extensions import assert_never
 
 __all__ = ["Cause", "Excluded", "ExitCodes", "Exited", "HostLost", "Hung", "LauncherSignalled", "MonitorsFailed",
-           "NodeLost", "NotMonitored", "OutOfMemory", "Refused", "ShutDown", "Signalled", "Stopped", "TooFewNodes",
-           "Unkillable", "exit_code", "from_returncode", "sentence", "signal_name", "worst"]  # fmt: skip
+           "NodeLost", "NotMonitored", "OutOfMemory", "Preempted", "Refused", "ShutDown", "Signalled", "Stopped",
+           "TooFewNodes", "Unkillable", "exit_code", "from_returncode", "sentence", "signal_name", "worst"]  # fmt: skip
 
 
 class Exited(Struct, frozen=True, tag=True):
@@ -82,9 +82,16 @@ class Refused(Struct, frozen=True, tag=True):
     description: str  # what two nodes were told differently, and what to change
 
 
+class Preempted(Struct, frozen=True, tag=True):
+    what: str  # the notice: "SIGTERM"; "": the ranks ended by themselves
+    name: str = ""  # of the node that it came to
+    step: int | None = None  # at which the ranks saved; None: nobody knows
+    unsaved: str = ""  # the ranks that had not saved when there was no more time
+
+
 Cause: TypeAlias = (
     Exited | Signalled | Hung | OutOfMemory | Stopped | Excluded | ShutDown | LauncherSignalled | MonitorsFailed
-    | NotMonitored | Unkillable | NodeLost | HostLost | TooFewNodes | Refused
+    | NotMonitored | Unkillable | NodeLost | HostLost | TooFewNodes | Refused | Preempted
 )  # fmt: skip
 ExitCodes: TypeAlias = Literal["torchrun", "classified"]
 
@@ -146,6 +153,8 @@ def _words(cause: Cause) -> str:
             return f"process {pid}{name and f' ({name})'} does not die of SIGKILL: state {state}{meaning}"
         case NodeLost(name, how):
             return f"node {name} was lost: {how}"
+        case Preempted():
+            return _preempted(cause)
         case HostLost(description) | TooFewNodes(description) | Refused(description):
             return description
         case unreachable:
@@ -157,6 +166,8 @@ def exit_code(cause: Cause, style: ExitCodes = "torchrun") -> int:
     match cause:
         case Exited(0):
             return 0
+        case Preempted(unsaved=unsaved):
+            return _FAILED if unsaved else _REQUEUE  # whatever the style: torchrun has nothing like it
         case LauncherSignalled(signum):
             return 128 + signum
         case Refused():
@@ -180,7 +191,7 @@ def _order(cause: Cause) -> int:
     match cause:
         case (
             LauncherSignalled() | Excluded() | ShutDown() | MonitorsFailed() | NotMonitored() | Unkillable()
-            | NodeLost() | HostLost() | TooFewNodes() | Refused()
+            | NodeLost() | HostLost() | TooFewNodes() | Refused() | Preempted()
         ):  # fmt: skip
             return 0  # these end the node; whatever its ranks did besides does not matter
         case Hung() | OutOfMemory():
@@ -198,6 +209,13 @@ def _order(cause: Cause) -> int:
 def signal_name(signum: int) -> str:
     """ "15 (SIGTERM)"; a real-time signal as "36 (SIGRTMIN+2)"."""
     return f"{signum} ({_NAMES[signum]})" if signum in _NAMES else str(signum)
+
+
+def _preempted(cause: Preempted) -> str:
+    where = f" at node {cause.name}" if cause.name else ""
+    notice = f" ({cause.what}{where})" if cause.what else ""
+    saved = f": saved at step {cause.step}" if cause.step is not None else ""
+    return f"preempted{notice}{saved}" + (f"; not saved in time: {cause.unsaved}" if cause.unsaved else "")
 
 
 def _signalled(cause: Signalled) -> str:

@@ -29,6 +29,8 @@ from ft_launcher.config_kinds import (
     Number,
     SectionTimeouts,
     Signal,
+    SignalNames,
+    SourceNames,
     Switch,
     Timeout,
     given_of,
@@ -119,6 +121,19 @@ class FaultToleranceConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_o
         "torchrun: 1 for every failure of the job. classified: a code by cause, for a scheduler to act on.",
     ] = "torchrun"
     log_level: Annotated[LogLevel, "The least severe messages of ft_launcher that are logged."] = 20
+    preemption_signals: Annotated[
+        SignalNames,
+        "Signals to the launcher that are notices of preemption: the ranks save (should_checkpoint) and it goes on."
+        " null: SIGUSR1 and SIGUSR2, and SIGTERM while all its ranks call should_checkpoint.",
+    ] = None
+    preemption_sources: Annotated[
+        SourceNames,
+        "Ask these for notices of preemption: aws, gcp, azure, azure-acknowledge, file:/path, with commas between.",
+    ] = None
+    preemption_grace: Annotated[
+        Timeout,
+        "The time from SIGUSR1, SIGUSR2 or a file's notice to the end of the machine. SIGTERM's is --term-timeout.",
+    ] = None
     node_health_check_interval: Annotated[
         Interval, "The time between two checks of a node's health. Not there yet."
     ] = 5.0

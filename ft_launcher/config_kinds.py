@@ -25,6 +25,8 @@ __all__ = [
     "Number",
     "SectionTimeouts",
     "Signal",
+    "SignalNames",
+    "SourceNames",
     "Switch",
     "Timeout",
     "given_of",
@@ -195,6 +197,24 @@ def _signal(text: str) -> signal.Signals:
     return found
 
 
+_WARNS = ("SIGTERM", "SIGUSR1", "SIGUSR2")
+
+
+def _signal_names(text: str) -> str:
+    if text.lower() == "off":
+        return "off"
+    names = list(dict.fromkeys(name.strip().upper() for name in text.split(",")))
+    if not set(names) <= set(_WARNS):
+        raise ValueError(text)
+    return ",".join(names)
+
+
+def _source_names(text: str) -> str:
+    from ft_launcher.notices import source_names  # with all that reads dates: 5 ms in each rank
+
+    return ",".join(source_names(text))
+
+
 # Of the logging module, which a rank monitor never loads: 0.9 MB.
 _LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 _OTHER_LEVELS = {"DBG": 10, "WARN": 30, "FATAL": 50}
@@ -279,6 +299,16 @@ Number = Annotated[float, Kind(_factor, "a number from 1 to 1000", "NUMBER", rep
 Signal = Annotated[
     signal.Signals,
     Kind(_signal, "a signal that ends a process (SIGTERM, SIGKILL)", "SIGNAL", lambda value: str(value.name)),
+]
+SignalNames = Annotated[
+    str | None,
+    or_null(Kind(_signal_names, "off, or SIGTERM, SIGUSR1, SIGUSR2 with commas between", "SIGNALS")),
+]
+SourceNames = Annotated[
+    str | None,
+    or_null(
+        Kind(_source_names, "aws, gcp, azure, azure-acknowledge or file:/path, with commas between", "SOURCES", _quoted)
+    ),
 ]
 LogLevel = Annotated[
     int,

@@ -3,30 +3,68 @@
 Whoever runs them (`perform` on a torch store, a simulation in virtual time, a benchmark on bare sockets) sends back
 each operation's result. A node appends its events to one log, which the leader reads in order; the leader writes into
 a mailbox for each node. So a node has a constant number of operations in a round, whatever the number of nodes.
+
+One event has a way of its own, since all nodes send it at once while everybody waits: that a node is ready again after
+the leader has stopped a round. The leader knows of whom to expect it, so each of them only sets a key of its own, which
+the store does not answer; the store itself counts them, for the one connection that waits for them all (`gather`).
 """
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
-from ft_launcher.records import Event, Message, decode_event, decode_message, encode
+from ft_launcher.records import (
+    Assigned,
+    Event,
+    GroupReady,
+    Message,
+    Ready,
+    Stop,
+    decode_event,
+    decode_message,
+    encode,
+)
 from ft_launcher.rounds import Job
 from ft_launcher.seal import Seal, SealBrokenError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
-__all__ = ["Add", "CompareSet", "Delete", "Get", "Keys", "MultiGet", "MultiSet", "Now", "Operation", "Steps", "Wait",
-           "append", "close_mailbox", "fill_gap", "lead", "perform", "receive"]  # fmt: skip
+__all__ = [
+    "Add",
+    "CompareSet",
+    "Delete",
+    "Get",
+    "Keys",
+    "Mailbox",
+    "MultiGet",
+    "MultiSet",
+    "Now",
+    "Operation",
+    "Steps",
+    "Wait",
+    "append",
+    "close_mailbox",
+    "fill_gap",
+    "gather",
+    "lead",
+    "perform",
+    "receive",
+    "say_ready",
+    "tidy",
+]
 
 logger = logging.getLogger(__name__)
 
 GAP_SECONDS = 0.2
 """A node that has taken its place in the log fills it within microseconds, or has died in between."""
+
+GROUP = 128
+"""Nodes whose readiness the leader is told of at once: it reads what these said while the next ones say it."""
 
 MAIL_AT_ONCE = 128
 """Messages that the leader writes in one operation: the store delivers them while the next ones are sealed."""
@@ -82,11 +120,17 @@ class Wait(NamedTuple):
     seconds: float
 
 
+class WaitAll(NamedTuple):
+    """Gives True as soon as all of the keys exist."""
+
+    keys: list[str]
+
+
 class Now(NamedTuple):
     """Gives the time of a monotonic clock in seconds."""
 
 
-Operation: TypeAlias = Add | CompareSet | Get | MultiGet | MultiSet | Delete | Wait | Now
+Operation: TypeAlias = Add | CompareSet | Get | MultiGet | MultiSet | Delete | Wait | WaitAll | Now
 _T = TypeVar("_T")
 Steps: TypeAlias = Generator[Operation, Any, _T]
 
@@ -106,6 +150,10 @@ class Keys:
         """Give the place of the `number`-th message to a node, from 0 on."""
         return f"{self._root}/mail/{node_id}/{number}"
 
+    def ready(self, node_id: str, round_: int) -> str:
+        """Give the place where a node says that it is ready again after this round."""
+        return f"{self._root}/ready/{node_id}/{round_}"
+
 
 def append(keys: Keys, seal: Seal, event: Event) -> Steps[None]:
     """Tell the leader of `event`."""
@@ -123,23 +171,55 @@ def fill_gap(keys: Keys, slot: int) -> Steps[None]:
     yield CompareSet(keys.log(slot), _GAP)
 
 
-def receive(keys: Keys, seal: Seal, node_id: str, number: int) -> Steps[Message | None]:
-    """Give the `number`-th message for the node, None when the mailbox was closed. ValueError for a forged one."""
-    if number:
-        yield Delete(keys.mail(node_id, number - 1))  # only now, so that the message need not wait for it
-    key = keys.mail(node_id, number)
+def say_ready(keys: Keys, seal: Seal, ready: Ready, round_: int) -> Steps[None]:
+    """Tell the leader, which has stopped the round, that no worker of it runs here any more."""
+    key = keys.ready(ready.node, round_)
+    yield MultiSet([key], [seal.seal(key, encode(ready))])
+
+
+def gather(keys: Keys, seal: Seal, round_: int, node_ids: Sequence[str]) -> Steps[None]:
+    """Wait until all of these nodes have said that they are ready after the round; tell the leader, group by group."""
+    for start in range(0, len(node_ids), GROUP):
+        yield WaitAll([keys.ready(node_id, round_) for node_id in node_ids[start : start + GROUP]])
+        yield from append(keys, seal, GroupReady(round_, start))
+
+
+class Mailbox:
+    """What a node has read of its mail."""
+
+    def __init__(self, node_id: str) -> None:
+        self.node_id = node_id
+        self.received = 0
+        self.used: list[str] = []
+        """Names in the store that nobody reads any more."""
+
+
+def receive(keys: Keys, seal: Seal, mailbox: Mailbox) -> Steps[Message | None]:
+    """Give the next message for the node, None when the mailbox was closed. ValueError for a forged one."""
+    key = keys.mail(mailbox.node_id, mailbox.received)
     value = yield Get(key)
     try:
         body = seal.open(key, value)
-        return None if body == _CLOSED else decode_message(body)
+        message = None if body == _CLOSED else decode_message(body)
     except (ValueError, msgspec.MsgspecError):
         yield Delete(key)  # the leader's own may still come
         raise
+    mailbox.received += 1
+    mailbox.used.append(key)
+    if isinstance(message, Assigned) and message.memory.round > 0:
+        mailbox.used.append(keys.ready(mailbox.node_id, message.memory.round - 1))
+    return message
 
 
-def close_mailbox(keys: Keys, seal: Seal, node_id: str, number: int) -> Steps[None]:
-    """End the `receive` of this number."""
-    key = keys.mail(node_id, number)
+def tidy(used: list[str]) -> Steps[None]:
+    """Delete what a node has read. When nothing else goes on: while a round forms, the store has enough to do."""
+    while used:
+        yield Delete(used.pop())
+
+
+def close_mailbox(keys: Keys, seal: Seal, mailbox: Mailbox) -> Steps[None]:
+    """End the `receive` that is going on."""
+    key = keys.mail(mailbox.node_id, mailbox.received)
     yield CompareSet(key, seal.seal(key, _CLOSED))
 
 
@@ -151,23 +231,58 @@ class Leader:
         self.next_slot = 1
         self.forged = 0
         self.sent: dict[str, int] = {}
+        self.stopped_round = -1
+        self.told: list[str] = []
+        """The ids of the nodes that were told to stop this round."""
+        self.awaited: dict[str, str] = {}
+        """Where those of them that have not been heard yet will say that they are ready, by their ids."""
 
 
-def lead(keys: Keys, seal: Seal, leader: Leader, on_change: Callable[[Job], bool]) -> Steps[None]:
-    """Read events and write messages until `on_change`, called after each batch, says that the work is done."""
+def lead(
+    keys: Keys,
+    seal: Seal,
+    leader: Leader,
+    on_change: Callable[[Job], bool],
+    on_stop: Callable[[int, list[str]], None],
+) -> Steps[None]:
+    """Read events and write messages until `on_change`, called after each batch, says that the work is done.
+
+    `on_stop` has somebody else `gather` the nodes with these ids after this round.
+    """
     job = leader.job
     while True:
         now = yield Now()
         if (yield Wait(keys.log(leader.next_slot), max(0.0, job.due() - now) if job.due() < inf else inf)):
             events = yield from _read(keys, seal, leader)
-            now = yield Now()
-            for event in events:
-                job.apply(event, now)
         else:
-            now = yield Now()
-        yield from _write(keys, seal, leader, job.decide(now))
-        if on_change(job):
+            # What is due is to give up on nodes that do not come: then it matters which those are.
+            come = []
+            for node_id, name in leader.awaited.items():
+                if (yield Wait(name, 0.0)):
+                    come.append(node_id)
+            events = yield from _read_ready(seal, leader, come)
+        now = yield Now()
+        for event in events:
+            job.apply(event, now)
+        mail = job.decide(now)
+        told = [node_id for node_id, message in mail if isinstance(message, Stop)]
+        if told and job.memory.round != leader.stopped_round:
+            leader.stopped_round, leader.told = job.memory.round, told
+            leader.awaited = {node_id: keys.ready(node_id, job.memory.round) for node_id in leader.told}
+            on_stop(job.memory.round, leader.told)
+        yield from _write(keys, seal, leader, mail)
+        is_done = on_change(job)
+        yield from _excuse(leader, everybody=is_done or job.outcome is not None)
+        if is_done:
             return
+
+
+def _excuse(leader: Leader, *, everybody: bool) -> Steps[None]:
+    """Have nobody wait for nodes that are gone, or have said in the log that they are ready."""
+    excused = [each for each in leader.awaited if everybody or not leader.job.is_stopping(each)]
+    if excused:
+        names = [leader.awaited.pop(node_id) for node_id in excused]
+        yield MultiSet(names, [_GAP] * len(names))
 
 
 def _write(keys: Keys, seal: Seal, leader: Leader, mail: list[tuple[str, Message]]) -> Steps[None]:
@@ -196,15 +311,42 @@ def _read(keys: Keys, seal: Seal, leader: Leader) -> Steps[list[Event]]:
             yield CompareSet(name, _GAP)
         values = yield MultiGet(names, GAP_SECONDS)
     leader.next_slot = last + 1
-    events = []
+    events: list[Event] = []
     for name, value in zip(names, values or (), strict=False):
-        if value == _GAP:
-            continue
-        try:
-            events.append(decode_event(seal.open(name, value)))
-        except (SealBrokenError, msgspec.MsgspecError, ValueError):
-            leader.forged += 1
+        event = _opened(seal, leader, name, value)
+        if isinstance(event, GroupReady):
+            if event.round == leader.stopped_round:
+                events += yield from _read_ready(seal, leader, leader.told[event.start : event.start + GROUP])
+        elif event is not None:
+            events.append(event)
     return events
+
+
+def _read_ready(seal: Seal, leader: Leader, node_ids: Sequence[str]) -> Steps[list[Event]]:
+    """Give what those of these nodes have said in their own places that are awaited."""
+    awaited = [(each, leader.awaited[each]) for each in node_ids if each in leader.awaited]
+    events: list[Event] = []
+    values = (yield MultiGet([name for _, name in awaited], GAP_SECONDS)) if awaited else None
+    if values is None:
+        return events
+    for (node_id, name), value in zip(awaited, values, strict=True):
+        del leader.awaited[node_id]
+        event = _opened(seal, leader, name, value)
+        if isinstance(event, Ready) and event.node == node_id:
+            events.append(event)
+        else:
+            leader.job.ask_again(node_id)
+    return events
+
+
+def _opened(seal: Seal, leader: Leader, name: str, value: bytes) -> Event | None:
+    if value == _GAP:
+        return None
+    try:
+        return decode_event(seal.open(name, value))
+    except (SealBrokenError, msgspec.MsgspecError, ValueError):
+        leader.forged += 1
+        return None
 
 
 def perform(steps: Steps[_T], store: "TCPStore", now: Callable[[], float]) -> _T:
@@ -231,10 +373,9 @@ def _perform(operation: Operation, store: "TCPStore", now: Callable[[], float]) 
         case CompareSet(key, desired):
             return store.compare_set(key, "", desired)  # type: ignore[arg-type]  # torch takes bytes too
         case Get(key):
-            value: bytes | None = None
-            while value is None:
-                value = _unless_late(store, inf, lambda: store.get(key))
-            return value
+            return _unless_late(store, inf, lambda: store.get(key))
+        case WaitAll(keys):
+            return _unless_late(store, inf, lambda: store.wait(keys) or True)
         case Wait(key, seconds):
             return _is_there([key], seconds, store)
         case MultiGet(keys, seconds):

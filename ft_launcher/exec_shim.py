@@ -23,8 +23,10 @@ def main(argv: list[str]) -> int:
     if posix.getppid() != launcher:
         return 1
     # A rank's answers to these two, and Slurm's warnings, come when it is ready for them; by default they kill.
+    # The launcher has blocked them, as its own handlers do not come with it (signals.py).
     for ignored in (_signal.SIGUSR1, _signal.SIGUSR2):
         _signal.signal(ignored, _signal.SIG_IGN)
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (_signal.SIGUSR1, _signal.SIGUSR2))
     # What `Popen` restores before it starts a program, and this interpreter's start has undone.
     for restored in (_signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(restored, _signal.SIG_DFL)

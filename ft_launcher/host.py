@@ -9,14 +9,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from queue import SimpleQueue
 
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
 from ft_launcher.addresses import LOOPBACK, is_loopback
-from ft_launcher.exchange import Keys, Leader, append, fill_gap, lead, perform
+from ft_launcher.exchange import Keys, Leader, append, fill_gap, gather, lead, perform
 from ft_launcher.formation import Settings
 from ft_launcher.lifeline import Beats
 from ft_launcher.lifeline_server import LifelineServer
@@ -77,6 +79,8 @@ class Host:
         )
         listener.close()
         self._reports = connect_store(self.address, self.port)
+        self._gatherer = connect_store(self.address, self.port)
+        self._gatherings: SimpleQueue[tuple[int, list[str]] | None] = SimpleQueue()
         self._seal = seal
         self._leader = Leader(Job(settings, node, time.monotonic(), memory))
         self._leader.job.address_of = self._address_of
@@ -90,6 +94,7 @@ class Host:
         # A full garbage collection looks through all of torch, and the leader would answer nobody for 0.3 s.
         gc.collect()
         gc.freeze()
+        threading.Thread(target=self._gather, name="ft_launcher gatherer", daemon=True).start()
         self._thread = threading.Thread(target=self._lead, name="ft_launcher leader", daemon=True)
         self._thread.start()
 
@@ -132,15 +137,23 @@ class Host:
 
     def _lead(self) -> None:
         try:
-            perform(lead(self.keys, self._seal, self._leader, self._after), self._store, time.monotonic)
+            steps = lead(self.keys, self._seal, self._leader, self._after, lambda *round_: self._gatherings.put(round_))
+            perform(steps, self._store, time.monotonic)
         except DistError:
             pass  # closed
         except Exception:
             logger.exception("internal error of the leader; the job cannot go on under this host")
             self.has_given_up = True
+        self._gatherings.put(None)
         self.is_finished.set()
         if self.has_given_up:
             self.lifelines.close()
+
+    def _gather(self) -> None:
+        """Wait for the nodes that the leader has stopped: one connection can wait for them all, or for the log."""
+        with suppress(DistError):  # closed
+            while (stopped := self._gatherings.get()) is not None:
+                perform(gather(self.keys, self._seal, *stopped), self._gatherer, time.monotonic)
 
     def _after(self, job: Job) -> bool:
         for warning in job.warnings:

@@ -26,13 +26,15 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from ft_launcher import exec_shim, processes, torch_flags
 from ft_launcher.agent import FtAgent, Graces
-from ft_launcher.causes import LauncherSignalled, NotMonitored, exit_code, sentence
+from ft_launcher.causes import LauncherSignalled, NotMonitored, Preempted, exit_code, sentence
 from ft_launcher.config import FaultToleranceConfig
 from ft_launcher.console import say
 from ft_launcher.errors import UsageError
 from ft_launcher.job_rendezvous import JobRendezvous
 from ft_launcher.leftovers import prune_empty
 from ft_launcher.monitors import RankMonitors
+from ft_launcher.noticing import Notices
+from ft_launcher.preemption import Watcher, parse_sources
 from ft_launcher.rendezvous import JobTerms, open_rendezvous
 from ft_launcher.signals import StopSignals
 
@@ -88,8 +90,13 @@ def launch(
     parameters.
     """
     options = options or JobOptions()
+    signals: StopSignals | None = None
     try:
-        signals = StopSignals(getattr(config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
+        notices = Notices()
+        names = getattr(config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
+        signals = StopSignals(names, notices, _as_notices(ft.preemption_signals))
+        signals.let_through()
+        sources = parse_sources(ft.preemption_sources or "", os.environ)
         _allow_descriptors(config.nproc_per_node)
         processes.become_subreaper()
         rendezvous = _open_rendezvous(config, ft, options)
@@ -108,17 +115,32 @@ def launch(
                 signals,
                 _graces(config, options),
                 rendezvous=rendezvous,
+                notices=notices,
+                preemption_grace=ft.preemption_grace,
                 wake_every=None if has_events else config.monitor_interval,
                 start_method=config.start_method,
                 log_line_prefix_template=config.log_line_prefix_template,
                 exit_barrier_timeout=options.exit_barrier,
             )
+            watcher = stack.enter_context(Watcher(sources, notices.put_state)) if sources else None
             result = _run(agent, signals, rendezvous, getattr(config, "event_log_handler", "null"))
+            if watcher is not None and agent.is_preempted:
+                watcher.acknowledge()
+        if isinstance(result, signal.Signals) and signals.had_nothing_to_save:
+            return _preempted(Preempted(result.name))
         return _outcome(agent, result, name, ft, options)
     except SignalException as received:  # before the first workers, or after the last
+        if signals is not None and signals.had_nothing_to_save:
+            return _preempted(Preempted(received.sigval.name))
         return _signalled({}, received.sigval)
     finally:
         prune_empty(options.own_log_dir)
+
+
+def _as_notices(names: str | None) -> tuple[signal.Signals, ...] | None:
+    if names is None:
+        return None
+    return tuple(signal.Signals[name] for name in names.split(",")) if names != "off" else ()
 
 
 def _allow_descriptors(ranks: int) -> None:
@@ -226,6 +248,12 @@ def _signalled(exit_codes: Mapping[int, int], number: signal.Signals) -> int:
     return code
 
 
+def _preempted(cause: Preempted) -> int:
+    code = exit_code(cause)
+    logger.warning("%s; exit code %d: run again to go on", sentence(cause), code)
+    return code
+
+
 def _outcome(
     agent: FtAgent,
     result: RunResult | signal.Signals | None,
@@ -235,6 +263,8 @@ def _outcome(
 ) -> int:
     """Report the end of the run; raise JobFailedError where torch would raise its base."""
     if isinstance(result, signal.Signals):
+        if agent.is_preempted:
+            return _preempted(Preempted(result.name))
         return _signalled(agent.exit_codes, result)
     if not agent.any_connected and ft.require_monitoring:
         logger.error(sentence(NotMonitored()))
@@ -244,6 +274,8 @@ def _outcome(
         return exit_code(NotMonitored(), ft.exit_codes) if ft.require_monitoring and not agent.any_connected else 0
     if result is None:
         agent.note_end()
+    if isinstance(agent.cause, Preempted) and not agent.cause.unsaved:
+        return _preempted(agent.cause)
     code = exit_code(agent.cause, ft.exit_codes) if agent.cause is not None else 0 if result is None else 1
     if result is None or not result.failures:
         if code:

@@ -30,21 +30,26 @@ from ft_launcher.records import (
     Assigned,
     End,
     Event,
+    Held,
     Joined,
     Leave,
     Left,
     Message,
     Node,
+    Noticed,
+    Prepare,
     Ready,
     Reported,
     Requested,
+    SaveAt,
+    Saved,
     Stop,
     Waiting,
 )
 from ft_launcher.rounds import Job
 from ft_launcher.worker_store import WorkerStore
 
-__all__ = ["BOUNDED_RESOLVER", "Directive", "ForeignRendezvous", "JobRendezvous", "LoneNodeRendezvous"]
+__all__ = ["BOUNDED_RESOLVER", "Directive", "ForeignRendezvous", "JobRendezvous", "LoneNodeRendezvous", "seconds_until"]
 
 BOUNDED_RESOLVER = "timeout:1 attempts:1"
 """The C library's options for the launcher of several nodes, unless the user has chosen; not for its workers."""
@@ -61,6 +66,10 @@ class JobRendezvous(RendezvousHandler):
         self._is_closed = False
         self._directive: Directive | None = None
         self.assigned: Assigned | None = None
+        self.prepare: Prepare | None = None
+        """The notice that the ranks of this round are to heed."""
+        self.save_at: SaveAt | None = None
+        """And where they are to save for it."""
         self.on_lease: Callable[[float], None] = lambda _: None
         """Called, from any thread, with the instant up to which the workers may go on."""
 
@@ -90,6 +99,18 @@ class JobRendezvous(RendezvousHandler):
     @abstractmethod
     def request(self, cause: Cause) -> None:
         """Ask for the end of the job (ShutDown), or for that of this node's part in it (anything else)."""
+
+    @abstractmethod
+    def notice(self, what: str, until: float | None) -> None:
+        """Say that a notice of preemption came to this node, and when that will happen (`time.monotonic()`)."""
+
+    @abstractmethod
+    def hold(self, round_: int, notice: int, step: int) -> None:
+        """Say that the ranks know of the notice, and the latest step that one of them has asked about; -1: none."""
+
+    @abstractmethod
+    def saved(self, round_: int, notice: int, step: int) -> None:
+        """Say that the ranks have done with the notice, and at which step they were told to save; -1: none was."""
 
     def stay(self) -> None:
         """Stay as long as others need this node."""
@@ -160,8 +181,13 @@ class _OwnLeader(JobRendezvous):
             match message:
                 case Assigned():
                     self.assigned, self._directive = message, None
+                    self.prepare = self.save_at = None
                 case Waiting():
                     pass
+                case Prepare():
+                    self.prepare, self.save_at = message, None
+                case SaveAt():
+                    self.save_at = message
                 case End(cause):
                     self._directive = End(cause)  # from nowhere else than here
                 case _:
@@ -184,6 +210,18 @@ class _OwnLeader(JobRendezvous):
     def request(self, cause: Cause) -> None:
         """Ask for the end."""
         self._tell(Requested(self._node.id, self._job.memory.round, cause))
+
+    def notice(self, what: str, until: float | None) -> None:
+        """Say that a notice came."""
+        self._tell(Noticed(self._node.id, what, seconds_until(until)))
+
+    def hold(self, round_: int, notice: int, step: int) -> None:
+        """Say how far the ranks are."""
+        self._tell(Held(self._node.id, round_, notice, step))
+
+    def saved(self, round_: int, notice: int, step: int) -> None:
+        """Say that the ranks have done with the notice."""
+        self._tell(Saved(self._node.id, round_, notice, step))
 
     def leave(self, reason: str) -> None:
         """Nobody else need know."""
@@ -276,6 +314,11 @@ class ForeignRendezvous(_OwnLeader):
         """Shut the inner handler down, and close the store."""
         self._store = None
         return self._inner.shutdown()
+
+
+def seconds_until(until: float | None) -> float | None:
+    """Give the seconds that are left, for others: each machine has a monotonic clock of its own."""
+    return None if until is None else max(0.0, until - time.monotonic())
 
 
 @contextmanager

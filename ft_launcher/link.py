@@ -7,17 +7,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar, cast
 
 import msgspec
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
-from ft_launcher.exchange import Keys, Steps, append, close_mailbox, perform, receive
+from ft_launcher.exchange import Keys, Mailbox, Steps, append, close_mailbox, perform, receive, say_ready, tidy
 from ft_launcher.lifeline import Beats
 from ft_launcher.lifeline_client import Lifeline
-from ft_launcher.records import Event, Message
+from ft_launcher.records import Event, Message, Ready
 from ft_launcher.seal import Seal, SealBrokenError
 
 __all__ = ["CONNECT_SECONDS", "HostGone", "Link", "bounded", "connect_store"]
@@ -25,6 +25,9 @@ __all__ = ["CONNECT_SECONDS", "HostGone", "Link", "bounded", "connect_store"]
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+QUIET_SECONDS = 1.0
+"""When nothing has come or gone for so long, what was read is deleted from the store."""
 
 CONNECT_SECONDS = 5.0
 """For a connection to a store whose port has answered: a frozen host answers with its kernel only."""
@@ -83,11 +86,11 @@ class Link:
         on_lease: Callable[[float], None] | None = None,
     ) -> None:
         """Connect to the host at the numeric address and port `where`. Raises DistError or OSError."""
-        self._keys, self._seal, self._node_id = keys, seal, node_id
+        self._keys, self._seal = keys, seal
         self._news: deque[Message | HostGone] = deque()
         self._gone = threading.Event()
-        self._outgoing: SimpleQueue[Event | None] = SimpleQueue()
-        self._received = 0
+        self._outgoing: SimpleQueue[Steps[None] | None] = SimpleQueue()
+        self._mailbox = Mailbox(node_id)
         self._is_closing = False
         self._outbox = connect_store(*where)
         self._inbox = connect_store(*where)
@@ -114,7 +117,11 @@ class Link:
 
     def send(self, event: Event) -> None:
         """Tell the leader, soon."""
-        self._outgoing.put(event)
+        self._outgoing.put(append(self._keys, self._seal, event))
+
+    def say_ready(self, ready: Ready, round_: int) -> None:
+        """Tell the leader, which has stopped this round, behind what was sent before."""
+        self._outgoing.put(say_ready(self._keys, self._seal, ready, round_))
 
     def receive(self) -> list[Message | HostGone]:
         """Give what has come since."""
@@ -151,12 +158,19 @@ class Link:
             self._tell(HostGone(how))
 
     def _send_all(self) -> None:
-        while (event := self._outgoing.get()) is not None:
-            if not self._send_one(append(self._keys, self._seal, event)):
+        # The inbox could have waited with a limit; but when one gives up, torch's store looks at all others that wait.
+        while True:
+            try:
+                steps = self._outgoing.get(timeout=QUIET_SECONDS if self._mailbox.used else None)
+            except Empty:
+                steps = tidy(self._mailbox.used)
+            if steps is None:
+                break
+            if not self._send_one(steps):
                 return
         # First: the inbox looks at it behind each message.
         self._is_closing = True
-        self._send_one(close_mailbox(self._keys, self._seal, self._node_id, self._received))
+        self._send_one(close_mailbox(self._keys, self._seal, self._mailbox))
 
     def _send_one(self, steps: Steps[None]) -> bool:
         try:
@@ -170,9 +184,7 @@ class Link:
         forged = 0
         while True:
             try:
-                message = perform(
-                    receive(self._keys, self._seal, self._node_id, self._received), self._inbox, time.monotonic
-                )
+                message = perform(receive(self._keys, self._seal, self._mailbox), self._inbox, time.monotonic)
             except (SealBrokenError, msgspec.MsgspecError, ValueError):
                 forged += 1
                 logger.warning("somebody else wrote into this node's mailbox in the store; ignored")
@@ -185,7 +197,11 @@ class Link:
                 return
             if message is None:
                 return
-            self._received += 1
             self._tell(message)
+            self._outgoing.put(_nothing())  # so that the outbox sees that there is something to tidy up
             if self._is_closing:
                 return  # this message stood where the end of the mailbox was to be written
+
+
+def _nothing() -> Steps[None]:
+    yield from ()

@@ -34,6 +34,7 @@ __all__ = [
     "Ready",
     "Refused",
     "RequestAcknowledged",
+    "SaveStepKnown",
     "Speaker",
     "SpeakerChanged",
     "ToRank",
@@ -47,7 +48,7 @@ __all__ = [
     "encode",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised by one with every change that an older peer would misunderstand; peers with another one are refused."""
 
 MAX_MESSAGE_BYTES = 32768
@@ -126,6 +127,10 @@ class Refused(Struct, frozen=True, tag="refused"):
     """The monitor will not listen to this process, and why."""
 
     reason: str
+
+
+class SaveStepKnown(Struct, frozen=True, tag="save_step_known"):
+    """The rank's page says at which step to save. From the launcher to the monitor, and on to a rank that waits."""
 
 
 class MonitorSettings(Struct, frozen=True, tag="settings"):
@@ -214,8 +219,8 @@ class RankUnkillable(Struct, frozen=True, tag="unkillable"):
 
 
 FromRank = Hello | LimitsSet | ControlRequested
-ToRank = Welcome | RequestAcknowledged | Refused
-FromLauncher = MonitorSettings | RankStarted | RankEnded | JobConnected
+ToRank = Welcome | RequestAcknowledged | SaveStepKnown | Refused
+FromLauncher = MonitorSettings | RankStarted | RankEnded | JobConnected | SaveStepKnown
 FromMonitor = Ready | SpeakerChanged | LimitsChanged | RankConnected | RankHung | RankUnkillable | ControlRequested
 
 encode = msgspec.msgpack.Encoder().encode

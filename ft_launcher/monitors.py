@@ -27,6 +27,7 @@ from ft_launcher.messages import (
     ProtocolError,
     RankEnded,
     RankStarted,
+    SaveStepKnown,
     Speaker,
     SpeakerChanged,
     decode_from_monitor,
@@ -36,7 +37,7 @@ from ft_launcher.page import Slot, StampPage, create_page
 from ft_launcher.processes import Process
 from ft_launcher.rank_monitor_client import SOCKET_ENV
 from ft_launcher.run_dir import RunDir
-from ft_launcher.watch import Limits, Stamps
+from ft_launcher.watch import Limits, Progress, Stamps
 
 __all__ = ["MonitorsFailedError", "RankMonitors", "limits_of"]
 
@@ -106,6 +107,7 @@ class _Monitor:
         self.settings = settings
         self.listener = listener
         self.rank: _WatchedRank | None = None
+        self.progress: Progress | None = None  # of its last rank, when it was stopped
         self.lost_at: deque[float] = deque(maxlen=RESPAWNS)
         self.silent_since: float | None = None
         self._start()
@@ -205,6 +207,7 @@ class RankMonitors:
         for local_rank, process in ranks.items():
             monitor = self._monitors[local_rank]
             monitor.rank = _WatchedRank(process, started_at, stacks_paths[local_rank])
+            monitor.progress = None
             self.extend_lease(self._lease)
             monitor.tell_rank()
 
@@ -225,6 +228,7 @@ class RankMonitors:
             rank, monitor.rank = monitor.rank, None
             if rank is not None:
                 monitor.tell(RankEnded(rank.pid))
+                monitor.progress = rank.page.progress()
                 rank.close()
 
     def restore_sockets(self) -> None:
@@ -253,6 +257,43 @@ class RankMonitors:
         """Give what the rank's page says now, None when no process of it is watched."""
         rank = self._monitors[local_rank].rank
         return rank.page.read() if rank is not None else None
+
+    # -- a notice of preemption (preempting.py) ---------------------------------------------------------------------
+
+    def progress(self) -> dict[int, Progress]:
+        """Give by local rank how far the ranks of this node are, or were when they were stopped."""
+        found = {}
+        for local_rank, monitor in enumerate(self._monitors):
+            rank = monitor.rank
+            progress = rank.page.progress() if rank is not None else monitor.progress
+            if progress is not None:
+                found[local_rank] = progress
+        return found
+
+    def all_listen(self) -> bool:
+        """Say whether all ranks have asked whether to save. Also from a signal's handler."""
+        with suppress(ValueError):  # it has interrupted the closing of a page
+            ranks = [monitor.rank for monitor in self._monitors]
+            return all(rank is not None and rank.page.progress().asked >= 0 for rank in ranks)
+        return False
+
+    def give_notice(self, number: int) -> None:
+        """Have the ranks wait when they ask next, until `save_at` says where to save."""
+        for rank in self._watched():
+            # In this order: who sees the notice must not take the step of an earlier one for its own.
+            rank.page.stamps[Slot.SAVE_AT] = 0
+            rank.page.stamps[Slot.NOTICE] = number
+
+    def save_at(self, step: int) -> None:
+        """Have the ranks save at `step`, or the first one after it that they ask about."""
+        for rank in self._watched():
+            rank.page.stamps[Slot.SAVE_AT] = step + 1
+        # Only now: a rank that hears of it looks into its page, and one that connects later does so by itself.
+        for monitor in self._monitors:
+            monitor.tell(SaveStepKnown())
+
+    def _watched(self) -> list[_WatchedRank]:
+        return [monitor.rank for monitor in self._monitors if monitor.rank is not None]
 
     # -- from the monitors ----------------------------------------------------------------------------------------
 

@@ -1,8 +1,10 @@
 """The shared page through which a rank tells its monitor that it moves: monotonic stamps, and names for sections.
 
 One page (a memfd) per process of a rank. The rank alone writes it, but for `LOOKED`, its monitor's own sign of life
-towards the launcher, and `LEASE`, the launcher's. Every stamp is one aligned 8-byte store of `time.monotonic_ns()`,
-whose zero point all processes of a boot share; 0 means never. Nothing here blocks, and the page outlives its readers.
+towards the launcher, and `LEASE`, `NOTICE` and `SAVE_AT`, the launcher's. Every stamp is one aligned 8-byte store of
+`time.monotonic_ns()`, whose zero point all processes of a boot share; 0 means never. The slots behind the stamps are
+for preemption: numbers of notices, and steps plus 1, so that 0 means none. Nothing here blocks, and the page outlives
+its readers.
 """
 
 import fcntl
@@ -12,7 +14,7 @@ import time
 from contextlib import suppress
 from enum import IntEnum
 
-from ft_launcher.watch import Stamps
+from ft_launcher.watch import Progress, Stamps
 
 __all__ = ["MAX_NAME_BYTES", "MAX_SECTIONS", "PAGE_BYTES", "Slot", "StampPage", "create_page"]
 
@@ -20,7 +22,7 @@ MAX_SECTIONS = 256
 """Different section names that one process of a rank may use: ten times what the largest known user has."""
 MAX_NAME_BYTES = 64
 
-_FIRST_SECTION = 8
+_FIRST_SECTION = 16
 _NAMES_AT = 8 * (_FIRST_SECTION + MAX_SECTIONS)
 PAGE_BYTES = _NAMES_AT + MAX_SECTIONS * MAX_NAME_BYTES
 _NS = 1e-9
@@ -37,6 +39,13 @@ class Slot(IntEnum):
     LOOKED = 5  # the monitor's
     LEASE = 6  # the launcher's: until when the rank may go on without news of the other nodes
     SECTIONS = 7  # how many names are in use: a count, not a stamp
+    ASKED = 8  # the step that the rank asked about last, plus 1
+    NOTICE = 9  # the launcher's: the number of the notice that is to be heeded, 0: none
+    SAVE_AT = 10  # the launcher's: the first step at which to save for it, plus 1; 0: not known yet
+    SAVING = 11  # the number of the last notice for which the rank was told to save
+    SAVING_AT = 12  # and the step, plus 1
+    SAVED = 13  # the number of the last notice that the rank has done with
+    LEAVING = 14  # the rank ends for a notice
 
 
 def create_page() -> int:
@@ -94,9 +103,11 @@ class StampPage:
 
     def copy_from(self, other: "StampPage") -> None:
         """Take over all that `other` says, but for what the monitor or an earlier program of the rank wrote here."""
-        looked, lease, was_connected = (self.stamps[slot] for slot in (Slot.LOOKED, Slot.LEASE, Slot.CONNECTED))
+        was_connected = self.stamps[Slot.CONNECTED]
+        of_others = {slot: self.stamps[slot] for slot in (Slot.LOOKED, Slot.LEASE, Slot.NOTICE, Slot.SAVE_AT)}
         self._map[:] = other._map[:]  # noqa: SLF001 - another page
-        self.stamps[Slot.LOOKED], self.stamps[Slot.LEASE] = looked, lease
+        for slot, value in of_others.items():
+            self.stamps[slot] = value
         if was_connected:
             self.stamps[Slot.RECONNECTED] = self.stamps[Slot.CONNECTED]
         self.slots = dict(other.slots)
@@ -143,6 +154,17 @@ class StampPage:
             lease=_seconds(stamps[Slot.LEASE]),
             used_sections=count > 0,
             open_sections=opened,
+        )
+
+    def progress(self) -> Progress:
+        """Give what the page says about steps and notices."""
+        stamps = self.stamps
+        return Progress(
+            asked=stamps[Slot.ASKED] - 1,
+            saving=stamps[Slot.SAVING],
+            saving_at=stamps[Slot.SAVING_AT] - 1,
+            saved=stamps[Slot.SAVED],
+            is_leaving=stamps[Slot.LEAVING] != 0,
         )
 
     def looked(self) -> float | None:

@@ -14,6 +14,7 @@ class NodeState(Enum):
     SUCCEEDED = "succeeded"  # its workers ended with success; it stays so whatever becomes of the node
     FAILED = "failed"  # a rank failed or hung, and its workers were stopped
     GONE = "gone"  # the node left or was lost before its workers had ended
+    PREEMPTED = "preempted"  # its workers ended, and said that it was for a notice; it stays so like SUCCEEDED
 
 
 class Verdict(Enum):
@@ -22,6 +23,7 @@ class Verdict(Enum):
     CONTINUE = "continue"
     RESTART = "restart"
     SUCCEED = "succeed"
+    PREEMPT = "preempt"  # nobody failed, and nobody runs: the work goes on later, or on other nodes
 
 
 # No nodes at all is RESTART under both policies: nobody runs whom one could wait for, and SUCCEED, the one verdict
@@ -29,16 +31,22 @@ class Verdict(Enum):
 
 
 def any_failed(states: Iterable[NodeState]) -> Verdict:
-    """Restart at the first node that failed or is gone; succeed when all have succeeded. No nodes: restart."""
+    """Restart at the first node that failed or is gone; else, when none runs, end as they did. No nodes: restart."""
     count = Counter(states)
     if not count or count[NodeState.FAILED] or count[NodeState.GONE]:
         return Verdict.RESTART
-    return Verdict.CONTINUE if count[NodeState.HEALTHY] else Verdict.SUCCEED
+    return _unless_done(count)
 
 
 def min_healthy(states: Iterable[NodeState], min_nodes: int) -> Verdict:
-    """Go on while at least `min_nodes` run or have succeeded; succeed when none runs any more. No nodes: restart."""
+    """Go on while at least `min_nodes` run or have ended well; else, when none runs, end as they did. None: restart."""
     count = Counter(states)
-    if count[NodeState.HEALTHY] + count[NodeState.SUCCEEDED] < max(min_nodes, 1):
+    if count[NodeState.HEALTHY] + count[NodeState.SUCCEEDED] + count[NodeState.PREEMPTED] < max(min_nodes, 1):
         return Verdict.RESTART
-    return Verdict.CONTINUE if count[NodeState.HEALTHY] else Verdict.SUCCEED
+    return _unless_done(count)
+
+
+def _unless_done(count: Counter[NodeState]) -> Verdict:
+    if count[NodeState.HEALTHY]:
+        return Verdict.CONTINUE
+    return Verdict.PREEMPT if count[NodeState.PREEMPTED] else Verdict.SUCCEED

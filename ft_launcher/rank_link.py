@@ -79,6 +79,25 @@ class RankLink:
 
         self._persist(ask_once, within)
 
+    def hear_until(self, is_so: Callable[[], bool], within: float) -> bool:
+        """Take messages until `is_so`, which a message of the monitor's announces; False when that took too long."""
+
+        def hear(deadline: float) -> bool:
+            # Asked anew behind each connection: what the monitor before has said to nobody is so by now.
+            while not is_so():
+                if self._socket is None:
+                    greeting = self._greet_once(deadline)
+                    os.close(greeting.page_fd)
+                    os.close(greeting.stacks_fd)
+                else:
+                    self._receive(deadline)
+            return True
+
+        try:
+            return self._persist(hear, within)
+        except (MonitorGoneError, RankMonitorClientError):
+            return is_so()
+
     def next_number(self) -> int:
         """Give a number that no other request of this process has."""
         self._number += 1

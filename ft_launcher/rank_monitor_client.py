@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -24,6 +24,7 @@ from ft_launcher.errors import RankMonitorClientError
 from ft_launcher.messages import ControlRequested, LimitsSet, WorkloadControlRequest
 from ft_launcher.page import Slot, StampPage
 from ft_launcher.rank_link import Greeting, MonitorGoneError, RankLink
+from ft_launcher.rank_notice import UNCONNECTED, Answers
 from ft_launcher.timeouts import HeartbeatTimeouts, Observed, SectionTimeouts
 
 __all__ = ["SOCKET_ENV", "RankInfo", "RankMonitorClient"]
@@ -35,12 +36,18 @@ SOCKET_ENV = "FT_RANK_MONITOR_IPC_SOCKET"
 ANSWER_SECONDS = 10.0
 """How long a call waits for the monitor: one that is stuck is replaced within 9 s, and this is a little more."""
 
+SAVE_STEP_SECONDS = 30.0
+"""How long `should_checkpoint` waits for the launchers to agree, which takes them milliseconds: longer than they need
+to find that one of them is lost, upon which all ranks are restarted."""
+
 STACK_SIGNAL = signal.SIGRTMIN + 9
 """On this signal the rank writes the stacks of its threads. Real-time signals have no other default use."""
 
 # Plain numbers and a global: an IntEnum as an index would double the cost of a heartbeat.
 _HEARTBEAT = int(Slot.HEARTBEAT)
 _IDLE_SINCE = int(Slot.IDLE_SINCE)
+_ASKED = int(Slot.ASKED)
+_NOTICE = int(Slot.NOTICE)
 _monotonic_ns = time.monotonic_ns
 _NS = 1e-9
 
@@ -84,6 +91,8 @@ class RankMonitorClient:
         self._longest_outside_ns = 0
         self._first_heartbeat_ns = 0
         self._ever_observed = Observed()
+        self._answers = Answers()
+        self._has_adopted = threading.Event()
         _clients.add(self)
 
     # -- start and end --------------------------------------------------------------------------------------------
@@ -116,6 +125,8 @@ class RankMonitorClient:
                 logger.warning("rank %d: %s; trying on in the background", self.rank_info.global_rank, error)
                 self.cfg = FaultToleranceConfig()
                 self._page.begin()
+                self._stamps[Slot.NOTICE] = UNCONNECTED
+                self._has_adopted.clear()
                 self._link = None
                 threading.Thread(target=self._adopt_later, args=(link,), daemon=True, name="ft_connect").start()
             self.is_initialized = True
@@ -219,6 +230,54 @@ class RankMonitorClient:
                 opened = self._stamps[slot]
                 if self.is_initialized and opened:
                     self._close_section(name, slot, opened)
+
+    # -- preemption -----------------------------------------------------------------------------------------------
+
+    def should_checkpoint(self, step: int) -> bool:
+        """Say whether to save a checkpoint at `step`, as the machine is about to be taken away or somebody wants it.
+
+        The same answer at the same step on all ranks, without a collective: True once for a notice. All ranks must
+        call it at the same places, with the same global step, 0 or more, that grows. Without a notice it costs a store
+        and a load; from a notice on it waits, for milliseconds, until the launchers have agreed on the step.
+        """
+        if not self.is_initialized:
+            self._check()
+        stamps = self._stamps
+        # In this order: see rank_notice.py.
+        stamps[_ASKED] = step + 1
+        if stamps[_NOTICE] == self._answers.done:
+            return False
+        if stamps[_NOTICE] == UNCONNECTED:
+            return self._should_checkpoint_once_connected(step)
+        return self._answers.answer(stamps, step, self._await_save_step)
+
+    def exit_for_preemption(self) -> NoReturn:
+        """End this process for a notice: the launcher asks for another start of the job and uses no restart for it.
+
+        Ends the monitoring, and raises SystemExit with code 75 (EX_TEMPFAIL), so only in the main thread does it end
+        the process.
+        """
+        if self.rank_info is None:
+            self._check()
+        self._answers.finish(self._stamps)
+        self._stamps[Slot.LEAVING] = 1
+        if self.is_initialized:
+            self.shutdown_workload_monitoring()
+        raise SystemExit(os.EX_TEMPFAIL)
+
+    def _await_save_step(self) -> bool:
+        stamps = self._stamps
+        with self._link_lock:
+            known = self._connection().hear_until(lambda: stamps[Slot.SAVE_AT] != 0, SAVE_STEP_SECONDS)
+        if not known:
+            logger.error("nobody said within %g s at which step to save; going on without", SAVE_STEP_SECONDS)
+        return known
+
+    def _should_checkpoint_once_connected(self, step: int) -> bool:
+        if not self._has_adopted.wait(ANSWER_SECONDS):
+            self._stamps[Slot.NOTICE] = 0  # not again at each step
+            return False
+        return self.should_checkpoint(step)
 
     # -- timeouts from observation --------------------------------------------------------------------------------
 
@@ -375,6 +434,7 @@ class RankMonitorClient:
             if self._link is not None:
                 self._link.close()
             self._link = link
+        self._has_adopted.set()
         self._send_limits_if_loaded()
 
     def _slot(self, name: str) -> int:

@@ -35,6 +35,7 @@ from ft_launcher.messages import (
     Ready,
     Refused,
     RequestAcknowledged,
+    SaveStepKnown,
     Speaker,
     SpeakerChanged,
     ToRank,
@@ -222,6 +223,9 @@ class RankMonitor:
                     self._forget_rank()
             case JobConnected():
                 self._job_connected = True
+            case SaveStepKnown():
+                for connection in [each for each in self._connections if each.greeted]:
+                    self._answer(connection, message)
 
     def _begin(self, started: RankStarted, descriptors: list[int]) -> None:
         self._forget_rank()

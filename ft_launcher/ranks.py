@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import lru_cache
 from itertools import count
 
 from msgspec import Struct
@@ -106,6 +107,7 @@ _NaturalKey = tuple[tuple[tuple[str, int, str], ...], str]
 _TEXT_AND_DIGITS = re.compile(r"([^0-9]*)([0-9]*)")
 
 
+@lru_cache(maxsize=1 << 16)  # the same names in each round; without it, half of a leader's work on forming one
 def natural_key(name: str) -> _NaturalKey:
     """Give a key that sorts numbers in names as numbers: node2 before node10. Equal for equal names only."""
     parts = []

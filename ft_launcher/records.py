@@ -14,6 +14,8 @@ __all__ = [
     "Assigned",
     "End",
     "Event",
+    "GroupReady",
+    "Held",
     "Joined",
     "Leave",
     "Left",
@@ -21,11 +23,15 @@ __all__ = [
     "Memory",
     "Message",
     "Node",
+    "Noticed",
+    "Prepare",
     "Ready",
     "Reason",
     "ReasonKind",
     "Reported",
     "Requested",
+    "SaveAt",
+    "Saved",
     "Stop",
     "Terms",
     "Waiting",
@@ -35,7 +41,7 @@ __all__ = [
     "encode",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised by one with every change that an older launcher would misunderstand; nodes with another one are refused."""
 
 Text = Annotated[str, Meta(max_length=4096)]
@@ -75,7 +81,15 @@ class Node(Struct, frozen=True):
 
 
 ReasonKind: TypeAlias = Literal[
-    "", "node_joined", "node_left", "node_excluded", "rank_failed", "rank_hung", "node_lost", "host_lost"
+    "",
+    "node_joined",
+    "node_left",
+    "node_preempted",
+    "node_excluded",
+    "rank_failed",
+    "rank_hung",
+    "node_lost",
+    "host_lost",
 ]  # the later ones more likely are the cause of the earlier ones
 
 
@@ -144,6 +158,35 @@ class Left(Struct, frozen=True, tag=True):
     reason: Text = ""
 
 
+class Noticed(Struct, frozen=True, tag=True):
+    """This node was told that its work is to be saved now, as it is about to be taken away, or for another reason."""
+
+    node: Name
+    what: Text  # "SIGTERM"; what a cloud says
+    seconds: float | None = None  # that are left; None: nobody knows
+
+
+class Held(Struct, frozen=True, tag=True):
+    """The ranks of this node know of the notice: none passes a later step than these before it is told where to save.
+
+    `step`: the latest that one of them has asked about; -1: none has asked yet.
+    """
+
+    node: Name
+    round: int
+    notice: int
+    step: int
+
+
+class Saved(Struct, frozen=True, tag=True):
+    """The ranks of this node have gone on after saving, or have ended. `step`: where they were told to; -1: nowhere."""
+
+    node: Name
+    round: int
+    notice: int
+    step: int
+
+
 class Lost(Struct, frozen=True, tag=True):
     """The host's lifeline server gives a node up."""
 
@@ -151,7 +194,14 @@ class Lost(Struct, frozen=True, tag=True):
     how: Name
 
 
-Event: TypeAlias = Joined | Ready | Reported | Requested | Left | Lost
+class GroupReady(Struct, frozen=True, tag=True):
+    """The host's own word: a group of the nodes that were told to stop this round have said that they are ready."""
+
+    round: int
+    start: int  # of the group, among them
+
+
+Event: TypeAlias = GroupReady | Joined | Ready | Reported | Requested | Left | Noticed | Held | Saved | Lost
 
 # -- messages: the leader writes them, one node reads them ----------------------------------------------------------
 
@@ -187,6 +237,24 @@ class Stop(Struct, frozen=True, tag=True):
     reason: Reason
 
 
+class Prepare(Struct, frozen=True, tag=True):
+    """A notice has come, the job's `notice`-th: let the ranks wait at their next step, and say Held."""
+
+    round: int
+    notice: int
+    what: Text
+    name: Name  # of the node that it came to
+    seconds: float | None = None  # that are left
+
+
+class SaveAt(Struct, frozen=True, tag=True):
+    """All ranks save at this step, or the first one after it that they ask about."""
+
+    round: int
+    notice: int
+    step: int
+
+
 class Leave(Struct, frozen=True, tag=True):
     """The job goes on without this node."""
 
@@ -200,7 +268,7 @@ class End(Struct, frozen=True, tag=True):
     origin: Name = ""  # the node where it came from
 
 
-Message: TypeAlias = Assigned | Waiting | Stop | Leave | End
+Message: TypeAlias = Assigned | Waiting | Stop | Prepare | SaveAt | Leave | End
 
 
 class Announcement(Struct, frozen=True):

@@ -4,6 +4,7 @@ import logging
 import os
 import select
 import socket
+import time
 import uuid
 from collections.abc import Mapping
 
@@ -23,7 +24,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from ft_launcher import ranks, torch_flags
 from ft_launcher.addresses import LOOPBACK, is_loopback, listen, names_loopback
-from ft_launcher.causes import Cause, HostLost
+from ft_launcher.causes import Cause, HostLost, Preempted
 from ft_launcher.errors import UsageError
 from ft_launcher.formation import Settings, Timing
 from ft_launcher.job_rendezvous import (
@@ -32,6 +33,7 @@ from ft_launcher.job_rendezvous import (
     ForeignRendezvous,
     JobRendezvous,
     LoneNodeRendezvous,
+    seconds_until,
 )
 from ft_launcher.lifeline import Beats
 from ft_launcher.link import HostGone
@@ -40,16 +42,21 @@ from ft_launcher.policy import NodeState
 from ft_launcher.records import (
     Assigned,
     End,
+    Held,
     Joined,
     Leave,
     Left,
     Memory,
     Message,
     Node,
+    Noticed,
+    Prepare,
     Ready,
     Reason,
     Reported,
     Requested,
+    SaveAt,
+    Saved,
     Stop,
     Terms,
     Waiting,
@@ -235,6 +242,8 @@ class NodesRendezvous(JobRendezvous):
         self._group_rank: int | None = None
         self._lost: int | None = None
         self._store: WorkerStore | None = None
+        self._unheeded: list[Message | HostGone] = []
+        self._notices: dict[str, float | None] = {}  # that came to this node and are not over, with their ends
 
     # -- torch's interface ----------------------------------------------------------------------------------------
 
@@ -256,6 +265,10 @@ class NodesRendezvous(JobRendezvous):
         self._memory, self._group_rank = assigned.memory, assigned.group_rank
         if assigned.group_rank == 0:
             self._store = WorkerStore(assigned.store_address, listener)
+        self.prepare = self.save_at = None
+        unheeded, self._unheeded = self._unheeded, []
+        for news in unheeded:
+            self._heed(news)
         where = RendezvousStoreInfo(assigned.store_address, assigned.store_port)
         return RendezvousInfo(HashStore(), assigned.group_rank, assigned.group_world_size, where)
 
@@ -294,6 +307,26 @@ class NodesRendezvous(JobRendezvous):
         if self._attended is not None:
             round_ = self._memory.round if self._memory is not None else -1
             self._attended.link.send(Requested(self._attended.node.id, round_, cause))
+
+    def notice(self, what: str, until: float | None) -> None:
+        """Tell the leader, and each one that comes after it."""
+        self._notices[what] = until
+        self._tell_notice(what, until)
+
+    def _tell_notice(self, what: str, until: float | None) -> None:
+        if self._attended is not None:
+            self._attended.link.send(Noticed(self._attended.node.id, what, seconds_until(until)))
+
+    def hold(self, round_: int, notice: int, step: int) -> None:
+        """Tell the leader."""
+        if self._attended is not None:
+            self._attended.link.send(Held(self._attended.node.id, round_, notice, step))
+
+    def saved(self, round_: int, notice: int, step: int) -> None:
+        """Tell the leader."""
+        self._notices = {what: until for what, until in self._notices.items() if until is not None}
+        if self._attended is not None:
+            self._attended.link.send(Saved(self._attended.node.id, round_, notice, step))
 
     def stay(self) -> None:
         """Stay as long as others need this node as their host, although it has no part in the job any more."""
@@ -337,25 +370,38 @@ class NodesRendezvous(JobRendezvous):
             what = f"this node is the host{open_to_all}"
         logger.info("joined job %s: %s", self._run_id, what)
         attended.link.send(Joined(attended.node, self._memory, self._group_rank))
+        for each, until in self._notices.items():
+            self._tell_notice(each, until)
         return attended
 
     def _await_place(self, attended: Attended, store_port: int) -> Assigned | None:
         """Wait for the next round; None when the host was lost meanwhile."""
-        link = attended.link
-        link.send(Ready(attended.node.id, store_port))
+        link, ready = attended.link, Ready(attended.node.id, store_port)
+        if isinstance(self._directive, Stop):
+            link.say_ready(ready, self._directive.round)
+        else:
+            link.send(ready)
         poll = select.poll()
         poll.register(link.fileno(), select.POLLIN)
         while True:
             alone_at = attended.host is not None and not attended.host.has_formed and self.meeting.has_others
-            poll.poll(LOOK_AROUND_SECONDS * 1000 if alone_at else None)
+            ends = [(until, what) for what, until in self._notices.items() if until is not None]
+            left = [LOOK_AROUND_SECONDS] * alone_at + [max(0.0, until - time.monotonic()) for until, _ in ends]
+            poll.poll(min(left) * 1000 if left else None)
+            if ends and min(ends)[0] <= time.monotonic():
+                self._directive = End(Preempted(min(ends)[1], attended.node.name))
+                raise RendezvousGracefulExitError("this node has no more time")
             news = link.receive()
             if not news and alone_at and self.meeting.better_host(attended):
                 logger.info("the others meet at another endpoint; joining them")
                 self._drop()
                 return None
-            for each in news:
+            for number, each in enumerate(news):
                 if isinstance(each, Assigned):
+                    self._unheeded = news[number + 1 :]
                     return each
+                if isinstance(each, Stop):
+                    link.send(ready)  # the leader cannot read what it said before
                 self._heed(each)
             if self._attended is None:
                 return None
@@ -374,6 +420,12 @@ class NodesRendezvous(JobRendezvous):
                 if self._memory is not None and round_ == self._memory.round and self._directive is None:
                     self._directive = news
                     logger.info("round %d is over (%s); stopping the workers", round_, reason)
+            case Prepare(round_):
+                if self._memory is not None and round_ == self._memory.round:
+                    self.prepare, self.save_at = news, None
+            case SaveAt(round_):
+                if self._memory is not None and round_ == self._memory.round:
+                    self.save_at = news
             case Leave() | End():
                 self._directive = news
             case Assigned():

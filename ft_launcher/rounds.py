@@ -32,11 +32,13 @@ from ft_launcher.formation import (
 from ft_launcher.incident import Incident
 from ft_launcher.placing import Placement, place
 from ft_launcher.policy import NodeState, Verdict, any_failed, min_healthy
+from ft_launcher.preempting import Preemption
 from ft_launcher.ranks import Candidate
 from ft_launcher.records import (
     Assigned,
     End,
     Event,
+    Held,
     Joined,
     Leave,
     Left,
@@ -44,10 +46,12 @@ from ft_launcher.records import (
     Memory,
     Message,
     Node,
+    Noticed,
     Ready,
     Reason,
     Reported,
     Requested,
+    Saved,
     Stop,
     Waiting,
 )
@@ -80,6 +84,7 @@ class Job:
         self.outcome: End | None = None
         self.warnings: list[str] = []
         self._incident = Incident()
+        self._preemption = Preemption()
         self._members: dict[str, _Member] = {}
         self._by_rank: dict[int, str] = {}  # ids of live nodes by the rank that the infrastructure gave them
         self._by_place: dict[tuple[tuple[int, int], int], str] = {}  # ids by last round and group rank there
@@ -110,6 +115,12 @@ class Job:
                 self._report(event)
             case Requested(node, round_, cause):
                 self._request(node, round_, cause)
+            case Noticed(node):
+                if node in self._members:
+                    self._preemption.take(event, self._name(node), now)
+            case Held(round=round_) | Saved(round=round_):
+                if self._running and round_ == self.memory.round:
+                    self._preemption.heed(event)
             case Left(node, reason):
                 self._remove(node, Reason("node_left", f"node {self._name(node)} left" + (reason and f": {reason}")))
             case Lost(node, how):
@@ -266,6 +277,7 @@ class Job:
                 self._enough_since = None
         if self._by_rank.get(member.node.infra_rank or 0) == node_id:
             del self._by_rank[member.node.infra_rank or 0]
+        self._preemption.forget(node_id)
         self._departed += self._was_there(member) and not how
         if self._running and self._states.get(node_id) in (NodeState.HEALTHY, NodeState.FAILED):
             self._states[node_id] = NodeState.GONE
@@ -279,6 +291,11 @@ class Job:
             else:
                 self._incident.note(reason)
 
+    def ask_again(self, node_id: str) -> None:
+        """What this node said about being ready could not be read."""
+        if self.is_stopping(node_id):
+            self._mail.append((node_id, Stop(self.memory.round, self.reason)))
+
     # -- what to do about it --------------------------------------------------------------------------------------
 
     def decide(self, now: float) -> list[tuple[str, Message]]:
@@ -286,6 +303,8 @@ class Job:
         if self.outcome is None:
             if self._running:
                 self._judge(now)
+            if self._running and self.outcome is None:
+                self._heed_notice(now)
             if not self._running and self.outcome is None:
                 self._gather(now)
         mail, self._mail = self._mail, []
@@ -314,6 +333,11 @@ class Job:
         """All nodes that are there."""
         return (member.node for member in self._members.values())
 
+    def is_stopping(self, node_id: str) -> bool:
+        """This node is there, and has not said yet that it is ready."""
+        member = self._members.get(node_id)
+        return member is not None and member.store_port is None
+
     @property
     def is_lost(self) -> bool:
         """Too many nodes of the last round are out of reach: they may go on elsewhere, so nobody goes on here."""
@@ -336,12 +360,39 @@ class Job:
             if verdict is Verdict.RESTART:
                 self._restart(now, counted=self._incident.is_failure)
                 return
+            if verdict is Verdict.PREEMPT:
+                self._preempt(now)
+                return
         if self._upscales_at() <= now:
             names = ", ".join(each.node.name for each in self._members.values() if each.node.id not in self._states)
             self._incident.note(Reason("node_joined", f"node {names} joined"))
             self._restart(now, counted=False)
             return
         self._tell_waiting()
+
+    def _heed_notice(self, now: float) -> None:
+        if not self._preemption.is_open:
+            return
+        bad = (NodeState.FAILED, NodeState.GONE)
+        well = [key for key, state in self._states.items() if state not in bad and key in self._members]
+        self._mail += self._preemption.decide(self.memory.round, well, now)
+        if self._upscales_at() <= now:
+            self._judge(now)  # all have saved, so newcomers need not wait any more
+
+    def _preempt(self, now: float) -> None:
+        """All ranks have ended for a notice: go on without the nodes that it came to, if there are enough others."""
+        leaving = [member for key, member in self._members.items() if key in self._preemption.noticed]
+        cause = self._preemption.cause()
+        # The host has nobody to hand the store over to before its machine goes.
+        is_host_leaving = any((each.node.name, each.node.pid) == (self.host.name, self.host.pid) for each in leaving)
+        if not leaving or is_host_leaving or len(self._members) - len(leaving) < self.settings.terms.min_nodes:
+            self._end(cause, "")
+            return
+        for member in leaving:
+            self._mail.append((member.node.id, Leave(cause)))
+            self._remove(member.node.id, Reason("node_left"))
+        self._incident.note(Reason("node_preempted", sentence(cause)))
+        self._restart(now, counted=False)
 
     def _tell_waiting(self) -> None:
         untold, self._untold = self._untold, []
@@ -354,9 +405,9 @@ class Job:
         full = len(self._states) >= terms.max_nodes
         if not self._ready or full or not self.settings.upscaling or terms.restart_policy == "min-healthy":
             return inf
-        if NodeState.SUCCEEDED in self._states.values():
+        if NodeState.SUCCEEDED in self._states.values() or NodeState.PREEMPTED in self._states.values():
             return inf  # ranks that have finished would run again
-        return self._round_since + timing.min_uptime
+        return max(self._round_since + timing.min_uptime, self._preemption.holds_until())
 
     def _restart(self, now: float, *, counted: bool) -> None:
         if counted:
@@ -424,9 +475,13 @@ class Job:
                 return
             self.memory = structs.replace(self.memory, restarts=self.memory.restarts + 1)
         ready = {key: each for key, each in self._members.items() if each.store_port is not None}
-        nodes = {key: each.node for key, each in ready.items()}
-        candidates = [self._candidate(each) for each in ready.values()]
-        self.placement = place(nodes, candidates, terms.max_nodes, by_infrastructure=self.settings.by_infrastructure)
+        last = self.placement
+        # The same nodes get the same places, and to find that out takes most of the time to form a round.
+        if last.spares or len(ready) != len(last.places) or any(each.node.id not in ready for each in last.places):
+            nodes = {key: each.node for key, each in ready.items()}
+            candidates = [self._candidate(each) for each in ready.values()]
+            by_infrastructure = self.settings.by_infrastructure
+            self.placement = place(nodes, candidates, terms.max_nodes, by_infrastructure=by_infrastructure)
         prev_world_size = self.memory.world_size
         self.memory = structs.replace(
             self.memory,
@@ -443,9 +498,11 @@ class Job:
         self._untold = []
         self._states = {each.node.id: NodeState.HEALTHY for each in self.placement.places}
         self._incident = Incident()
+        self._preemption.begin_round()
         self.rebuilt = False
         self._running = True
         self._round_since = now
+        self._heed_notice(now)
 
     def _tell_places(self, ready: dict[str, _Member], prev_world_size: int) -> None:
         placement, this_round = self.placement, (self.memory.epoch, self.memory.round)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-__all__ = ["Deadline", "Lag", "Limits", "Stamps", "deadline", "evidence_at", "next_look"]
+__all__ = ["Deadline", "Lag", "Limits", "Progress", "Stamps", "deadline", "evidence_at", "next_look"]
 
 EVIDENCE_LEAD = 0.1
 """Seconds before a deadline at which stacks are taken: 20 times what writing them took on a loaded machine."""
@@ -47,6 +47,16 @@ class Stamps(Struct, frozen=True, kw_only=True):
     lease: float | None = None  # until then the node is certain that the others have not started anew without it
     used_sections: bool = False
     open_sections: dict[str, float] = {}
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    """What a rank's page says about steps, and notices of preemption by their numbers."""
+
+    asked: int = -1  # the step that it asked about last; -1: it has never asked
+    saving: int = 0  # the last notice for which it was told to save
+    saving_at: int = -1  # and the step
+    saved: int = 0  # the last notice that it has done with: it has gone on since
+    is_leaving: bool = False  # it has said that it ends for a notice
 
 
 class Lag(Struct, frozen=True):

@@ -150,6 +150,10 @@ class Sandbox:
         path.write_text(text)
         return str(path)
 
+    def pids(self) -> list[int]:
+        """Give the processes that the test has started, and all that these have."""
+        return marked_processes(self.mark)
+
     def leftovers(self) -> list[str]:
         """Give the files that are still in the sandbox's temporary directory."""
         return sorted(str(path.relative_to(self.temporary)) for path in self.temporary.rglob("*"))

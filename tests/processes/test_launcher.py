@@ -75,6 +75,22 @@ def test_L1_L2_ranks_that_all_end_well_make_0_of_a_signal_that_comes_twice(sandb
     sandbox.assert_clean()
 
 
+@pytest.mark.parametrize(("flags", "code"), [((), 143), (("--ft-preemption-signals", "SIGTERM"), 75)])
+def test_L3_sigterm_while_the_launcher_loads_torch_ends_it_as_it_says(sandbox, wait_for, flags, code):
+    job = sandbox.launch(*flags, sandbox.script("raise SystemExit('never')"))
+
+    def is_loading() -> bool:
+        status = Path(f"/proc/{job.pid}/status").read_text()
+        blocked = next(line for line in status.splitlines() if line.startswith("SigBlk:"))
+        return bool(int(blocked.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+    wait_for(is_loading, "SIGTERM is put off")
+    job.send(signal.SIGTERM)
+    assert job.wait() == code, job.output
+    assert "started rank" not in job.output
+    sandbox.assert_clean()
+
+
 def test_L2_a_second_signal_a_while_later_means_now(sandbox):
     script = sandbox.script(
         HEAD

@@ -21,7 +21,7 @@ from ft_launcher.records import (
 )
 from ft_launcher.rounds import Job
 
-HEALTHY, SUCCEEDED, FAILED, GONE = NodeState
+HEALTHY, SUCCEEDED, FAILED, GONE, PREEMPTED = NodeState
 CRASH = Exited(7)
 DIED = "its launcher died"
 TIMING = Timing(last_call_timeout=30.0, join_timeout=600.0, min_uptime=5.0, failover_timeout=60.0, settle=2.0)

@@ -18,6 +18,7 @@ from ft_launcher.causes import (
     NodeLost,
     NotMonitored,
     OutOfMemory,
+    Preempted,
     Refused,
     ShutDown,
     Signalled,
@@ -98,6 +99,13 @@ SENTENCES = [
     (HostLost("the host n1 was lost"), "the host n1 was lost"),
     (TooFewNodes("1 node is there"), "1 node is there"),
     (Refused("n1 has --nnodes 2, n2 3"), "n1 has --nnodes 2, n2 3"),
+    (Preempted(""), "preempted"),
+    (Preempted("SIGTERM", "n1", 41), "preempted (SIGTERM at node n1): saved at step 41"),
+    (Preempted("aws: terminate"), "preempted (aws: terminate)"),
+    (
+        Preempted("SIGTERM", step=41, unsaved="rank 1: at step 40"),
+        "preempted (SIGTERM): saved at step 41; not saved in time: rank 1: at step 40",
+    ),
 ]
 
 
@@ -149,7 +157,7 @@ def test_only_a_clean_exit_gives_0_and_every_other_cause_gives_a_code_in_both_st
 
 @given(CAUSES)
 def test_in_torchruns_style_every_failure_is_1(cause):
-    if isinstance(cause, LauncherSignalled | Refused):
+    if isinstance(cause, LauncherSignalled | Refused | Preempted):
         return  # these have codes of their own
     assert exit_code(cause) == int(cause != Exited(0))
 
@@ -171,11 +179,17 @@ def test_in_torchruns_style_every_failure_is_1(cause):
         (TooFewNodes(""), 75),
         (NodeLost("", ""), 1),
         (Refused(""), 2),
+        (Preempted("SIGTERM"), 75),
+        (Preempted("SIGTERM", unsaved="rank 1"), 1),
         (Exited(0), 0),
     ],
 )
 def test_the_classified_code(cause, code):
     assert exit_code(cause, "classified") == code
+
+
+def test_the_code_for_a_preempted_job_is_the_same_in_both_styles():
+    assert exit_code(Preempted("SIGTERM")) == exit_code(Preempted("SIGTERM"), "classified")
 
 
 @pytest.mark.parametrize(("returncode", "cause"), [(0, Exited(0)), (3, Exited(3)), (-11, Signalled(11))])
@@ -222,6 +236,7 @@ def test_of_equals_the_first_in_time_is_the_root():
         HostLost(""),
         TooFewNodes(""),
         Refused(""),
+        Preempted("SIGTERM"),
     ],
 )
 @given(causes=st.lists(OF_RANKS))

@@ -50,6 +50,9 @@ OUR_DEFAULTS = {
     "restart_policy": "any-failed",
     "require_monitoring": False,
     "exit_codes": "torchrun",
+    "preemption_signals": None,
+    "preemption_sources": None,
+    "preemption_grace": None,
 }
 """Nvidia-resiliency-ext 0.5.0's, and those that only we have."""
 
@@ -292,6 +295,9 @@ FIELDS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "rank_section_timeouts": st.dictionaries(PRINTABLE, TIMES, max_size=4),
         "rank_termination_signal": st.sampled_from([signal.SIGTERM, signal.SIGKILL, signal.SIGRTMIN]),
         "log_level": st.integers(10, 50),
+        "preemption_signals": st.sampled_from([None, "off", "sigterm", "SIGUSR1,SIGTERM"]),
+        "preemption_sources": st.sampled_from([None, "aws, gcp", "file:/run/preempt"]),
+        "preemption_grace": TIMES,
         "safety_factor": st.floats(1, 1000),
         "exit_codes": st.sampled_from(["torchrun", "classified"]),
         "pci_topo_file": PRINTABLE.map(lambda name: f"/{name.strip()}"),
@@ -374,6 +380,16 @@ WRONG_LINES = {
     "F5_a_signal_that_ends_nothing": (
         "rank_termination_signal: SIGSTOP",
         f"{KEY}.rank_termination_signal: SIGSTOP: must be a signal that ends a process (SIGTERM, SIGKILL)",
+    ),
+    "F5_preemption_signals": (
+        "preemption_signals: SIGUSR1, SIGINT",
+        f"{KEY}.preemption_signals: SIGUSR1, SIGINT: must be off, or SIGTERM, SIGUSR1, SIGUSR2 with commas between"
+        " or null",
+    ),
+    "F5_preemption_sources": (
+        "preemption_sources: aws,asure",
+        f"{KEY}.preemption_sources: aws,asure: must be aws, gcp, azure, azure-acknowledge or file:/path, with commas"
+        " between or null",
     ),
     "F5_log_level": (
         "log_level: 99",

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import pytest
@@ -15,6 +16,7 @@ from msgspec.structs import replace
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
+from ft_launcher import exchange
 from ft_launcher.causes import Exited
 from ft_launcher.exchange import (
     Add,
@@ -23,18 +25,23 @@ from ft_launcher.exchange import (
     Get,
     Keys,
     Leader,
+    Mailbox,
     MultiGet,
     MultiSet,
     Now,
     Operation,
     Steps,
     Wait,
+    WaitAll,
     append,
     close_mailbox,
     fill_gap,
+    gather,
     lead,
     perform,
     receive,
+    say_ready,
+    tidy,
 )
 from ft_launcher.job_rendezvous import BOUNDED_RESOLVER
 from ft_launcher.policy import NodeState
@@ -118,16 +125,19 @@ class Node(threading.Thread):
         self.sizes: list[int] = []
         self.places: list[Assigned] = []
         self.end: End | None = None
-        self.received = 0
+        self.mailbox = Mailbox(name)
+
+    def go(self, steps: Steps[_T]) -> _T:
+        return perform(counted(steps, self.operations, self.sizes), self.store, time.monotonic)
 
     def tell(self, event: Event) -> None:
-        perform(counted(append(self.keys, self.seal, event), self.operations, self.sizes), self.store, time.monotonic)
+        self.go(append(self.keys, self.seal, event))
 
     def hear(self) -> Message | None:
-        steps = receive(self.keys, self.seal, self.name, self.received)
-        message = perform(counted(steps, self.operations, self.sizes), self.store, time.monotonic)
-        self.received += 1
-        return message
+        return self.go(receive(self.keys, self.seal, self.mailbox))
+
+    def be_ready(self, round_: int) -> None:
+        self.go(say_ready(self.keys, self.seal, Ready(self.name, 40000), round_))
 
     def enter(self) -> None:
         self.tell(Joined(self.world.node(self.name)))
@@ -145,25 +155,45 @@ class Node(threading.Thread):
                         self.tell(Reported(self.name, round_, NodeState.FAILED, Exited(round_), place.rank))
                     elif round_ >= place.group_world_size:
                         self.tell(Reported(self.name, round_, NodeState.SUCCEEDED))
-                case Stop():
-                    self.tell(Ready(self.name, 40000))
+                case Stop(round_):
+                    self.be_ready(round_)
                 case End() as end:
                     self.end = end
                     self.tell(Left(self.name))
                     return
 
 
-def start_leader(world: World, store: TCPStore, keys: Keys = KEYS) -> tuple[Leader, "Future[None]"]:
-    """Lead until the job has ended and all have left."""
+def start_leader(
+    world: World, server: TCPStore, keys: Keys = KEYS, until: Callable[[Job], bool] | None = None
+) -> tuple[Leader, "Future[None]"]:
+    """Lead until the job has ended and all have left, and gather the nodes between the rounds."""
     leader = Leader(Job(world.settings, world.node("n0"), time.monotonic()))
-    is_done: Callable[[Job], bool] = lambda job: job.outcome is not None and job.is_empty  # noqa: E731
-    return leader, run(lambda: perform(lead(keys, SEAL, leader, is_done), store, time.monotonic))
+    is_done: Callable[[Job], bool] = until or (lambda job: job.outcome is not None and job.is_empty)
+    stopped: SimpleQueue[tuple[int, list[str]] | None] = SimpleQueue()
+    one, other = client(server), client(server)
+
+    def lead_all() -> None:
+        steps = lead(keys, SEAL, leader, is_done, lambda *each: stopped.put(each))
+        perform(steps, one, time.monotonic)
+        stopped.put(None)
+        gathered.result(GENEROUS)
+
+    def gather_all() -> None:
+        while (each := stopped.get()) is not None:
+            perform(gather(keys, SEAL, *each), other, time.monotonic)
+
+    gathered = run(gather_all)
+    return leader, run(lead_all)
+
+
+def nobody_stops(_: int, __: list[str]) -> None:
+    raise AssertionError("nobody was to be stopped")
 
 
 def play(server: TCPStore, count: int, keys: Keys = KEYS) -> tuple[Leader, list[Node]]:
     """Let `count` nodes come at once, and train to the end."""
     world = World(count, count, max_restarts=count)
-    leader, led = start_leader(world, client(server), keys)
+    leader, led = start_leader(world, server, keys)
     nodes = [Node(world, f"n{number}", client(server), keys) for number in range(count)]
     for node in nodes:
         node.start()
@@ -196,7 +226,8 @@ def test_V5_64_nodes_that_come_at_once_have_the_same_constant_cost(server: TCPSt
         keys = Keys("0123456789abcdef", f"with-{count}")
         leader = Leader(Job(world.settings, world.node("n0"), time.monotonic()))
         is_formed: Callable[[Job], bool] = lambda job: job.memory.round == 0  # noqa: E731
-        led = run(lambda: perform(lead(keys, SEAL, leader, is_formed), client(server), time.monotonic))  # noqa: B023
+        steps = lead(keys, SEAL, leader, is_formed, nobody_stops)
+        led = run(lambda: perform(steps, client(server), time.monotonic))  # noqa: B023
         nodes = [Node(world, f"n{number}", connections[number % 8], keys) for number in range(count)]
         comings = [run(lambda those=nodes[first::8]: [node.enter() for node in those]) for first in range(8)]  # type: ignore[misc]
         for coming in comings:
@@ -217,10 +248,124 @@ def test_a_node_has_the_same_cost_in_each_round(server: TCPStore) -> None:
         _, nodes = play(server, count, keys)
         for node in nodes:
             rounds = len(node.places)
-            # Joined; ready in each round; one failure or none, and success; left.
-            assert node.operations["Add"] == node.operations["CompareSet"] == 1 + rounds + 2 + 1
+            # Joined, ready for the first time; one failure, and success; left. And then ready for the other rounds.
+            assert node.operations["Add"] == node.operations["CompareSet"] == 2 + 2 + 1
+            assert node.operations["MultiSet"] == rounds - 1
             assert node.operations["Get"] == 2 * rounds
-            assert node.operations["Delete"] <= node.operations["Get"]
+            assert len(node.mailbox.used) == 2 * rounds + rounds - 1
+
+
+# -- between two rounds -------------------------------------------------------------------------------------------
+
+
+class Between:
+    """Nodes that have trained together and were told to stop, since the first one has failed."""
+
+    def __init__(self, server: TCPStore, names: str, min_nodes: int = 2, join_timeout: float = 600.0) -> None:
+        self.world = World(min_nodes, len(names.split()))
+        timing = replace(self.world.settings.timing, join_timeout=join_timeout)
+        self.world.settings = replace(self.world.settings, timing=timing)
+        self.leader, self.led = start_leader(self.world, server)
+        self.nodes = [Node(self.world, name, client(server)) for name in names.split()]
+        for node in self.nodes:
+            node.enter()
+        for node in self.nodes:
+            assert isinstance(node.hear(), Assigned)
+        self.fail()
+
+    def fail(self) -> None:
+        first = self.nodes[0]
+        first.tell(Reported(first.name, self.leader.job.memory.round, NodeState.FAILED, Exited(1), 0))
+        for node in self.nodes:
+            assert isinstance(node.hear(), Stop)
+
+    def form_again(self, *nodes: Node, round_: int = 1) -> None:
+        """These, and nobody else, have a place in this round."""
+        for rank, node in enumerate(nodes):
+            place = node.hear()
+            assert isinstance(place, Assigned), place
+            assert (place.memory.round, place.group_rank, place.group_world_size) == (round_, rank, len(nodes))
+
+    def end(self) -> None:
+        """All is well; and then there is nobody who waits."""
+        for node in self.nodes:
+            node.tell(Reported(node.name, self.leader.job.memory.round, NodeState.SUCCEEDED))
+        for node in self.nodes:
+            node.tell(Left(node.name))
+        self.led.result(GENEROUS)
+
+
+def test_nodes_are_heard_in_groups(server: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "GROUP", 2)
+    between = Between(server, "n0 n1 n2 n3 n4")
+    for node in reversed(between.nodes):
+        node.be_ready(0)
+    between.form_again(*between.nodes)
+    assert between.leader.forged == 0
+    between.end()
+
+
+@pytest.mark.parametrize("how", [Lost("n2", "its launcher died"), Left("n2")])
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_node_that_goes_while_all_stop_is_not_waited_for(server: TCPStore, how: Event, *, is_early: bool) -> None:
+    between = Between(server, "n0 n1 n2")
+    n0, n1, _ = between.nodes
+    if is_early:
+        n0.tell(how)
+    n0.be_ready(0)
+    n1.be_ready(0)
+    if not is_early:
+        n0.tell(how)
+    between.form_again(n0, n1)
+    between.nodes.pop()
+    between.end()
+
+
+def test_a_node_that_was_ready_before_it_was_told_to_stop_says_so_in_the_log(server: TCPStore) -> None:
+    between = Between(server, "n0 n1")
+    n0, n1 = between.nodes
+    n1.tell(Ready("n1", 40000))
+    n0.be_ready(0)
+    between.form_again(n0, n1)
+    # What the store was asked to wait for then is not mistaken for the end of the next round.
+    between.fail()
+    n1.be_ready(1)
+    n0.be_ready(1)
+    between.form_again(n0, n1, round_=2)
+    between.end()
+
+
+@pytest.mark.parametrize("kind", ["garbage", "another node's", "another round's", "no readiness", "gap"])
+def test_V4_a_node_whose_readiness_was_forged_is_asked_again(server: TCPStore, kind: str) -> None:
+    between = Between(server, "n0 n1")
+    n0, n1 = between.nodes
+    key = KEYS.ready("n1", 0)
+    forged = {
+        "garbage": b"garbage",
+        "another node's": SEAL.seal(key, encode(Ready("n0", 1))),
+        "another round's": SEAL.seal(KEYS.ready("n1", 7), encode(Ready("n1", 1))),
+        "no readiness": SEAL.seal(key, encode(Left("n1"))),
+        "gap": b"gap",
+    }
+    client(server).set(key, forged[kind])  # type: ignore[arg-type]
+    n0.be_ready(0)
+    assert isinstance(n1.hear(), Stop)
+    n1.tell(Ready("n1", 40000))
+    between.form_again(n0, n1)
+    between.end()
+
+
+def test_who_has_not_stopped_is_named_when_the_time_is_over(server: TCPStore) -> None:
+    between = Between(server, "n0 n1 n2", join_timeout=0.5)
+    n0, n1, n2 = between.nodes
+    n0.be_ready(0)
+    n2.be_ready(0)
+    for node in (n0, n2):
+        end = node.hear()
+        assert isinstance(end, End)
+        assert "3 nodes are there (n0, n1, n2), and n1 did not stop its workers" in str(end.cause)
+    assert isinstance(n1.hear(), End)
+    between.end()
 
 
 # -- the log ------------------------------------------------------------------------------------------------------
@@ -240,7 +385,7 @@ def test_a_node_that_dies_in_the_middle_of_telling_does_not_stop_the_others(serv
     world = World(2, 2)
     store = client(server)
     take_a_slot(store, Joined(world.node("n9")))
-    leader, led = start_leader(world, client(server))
+    leader, led = start_leader(world, server)
     nodes = [Node(world, name, client(server)) for name in ("n0", "n1")]
     for node in nodes:
         node.start()
@@ -263,7 +408,7 @@ def test_a_gap_among_what_has_come_is_closed_by_the_leader_itself(server: TCPSto
     tell(Joined(world.node("n1")))
     tell(Ready("n1", 1))
     leader = Leader(Job(world.settings, world.node("n0"), time.monotonic()))
-    perform(lead(KEYS, SEAL, leader, lambda job: job.memory.round == 0), store, time.monotonic)
+    perform(lead(KEYS, SEAL, leader, lambda job: job.memory.round == 0, nobody_stops), store, time.monotonic)
     assert leader.next_slot == 6
     assert [node.id for node in leader.job.nodes] == ["n0", "n1"]
 
@@ -291,8 +436,8 @@ def test_the_leader_wakes_when_something_is_due_although_nothing_is_told(server:
     leader = Leader(Job(replace(world.settings, timing=timing), world.node("n0"), time.monotonic()))
     for event in (Joined(world.node("n0")), Ready("n0", 1)):
         perform(append(KEYS, SEAL, event), store, time.monotonic)
-    perform(lead(KEYS, SEAL, leader, lambda job: job.memory.round == 0), store, time.monotonic)
-    message = perform(receive(KEYS, SEAL, "n0", 0), store, time.monotonic)
+    perform(lead(KEYS, SEAL, leader, lambda job: job.memory.round == 0, nobody_stops), store, time.monotonic)
+    message = perform(receive(KEYS, SEAL, Mailbox("n0")), store, time.monotonic)
     assert isinstance(message, Assigned)
 
 
@@ -335,6 +480,8 @@ class Table:
                 return self.values[key]
             case Delete(key):
                 del self.values[key]
+            case WaitAll():
+                raise TimeoutError
         return None
 
 
@@ -376,7 +523,7 @@ def test_V4_of_100000_forged_records_none_is_accepted_and_all_are_counted() -> N
     table.values = dict(forgeries(100_000, world))
     table.count = 100_000
     leader = Leader(Job(world.settings, world.node("n0"), 0.0))
-    table.perform(lead(KEYS, SEAL, leader, lambda job: False))
+    table.perform(lead(KEYS, SEAL, leader, lambda job: False, nobody_stops))
     assert leader.forged == 100_000
     assert leader.next_slot == 100_001
     assert list(leader.job.nodes) == []
@@ -392,7 +539,7 @@ def test_V4_what_nodes_tell_between_forged_records_is_heard_in_its_order() -> No
         forged[KEYS.log(slot)] = SEAL.seal(KEYS.log(slot), encode(event))
     table.values, table.count = forged, 1000
     leader = Leader(Job(world.settings, world.node("n0"), 0.0))
-    table.perform(lead(KEYS, SEAL, leader, lambda job: False))
+    table.perform(lead(KEYS, SEAL, leader, lambda job: False, nobody_stops))
     assert leader.forged == 996
     assert leader.job.memory.round == 0
 
@@ -401,7 +548,7 @@ def test_V4_strangers_that_write_into_the_log_without_counting_stop_nobody(serve
     world, stranger = World(2, 2), client(server)
     for slot in (1, 2, 3, 7):
         stranger.set(KEYS.log(slot), "garbage")
-    leader, led = start_leader(world, client(server))
+    leader, led = start_leader(world, server)
     nodes = [Node(world, name, client(server)) for name in ("n0", "n1")]
     for node in nodes:
         node.start()
@@ -420,12 +567,12 @@ def test_V4_a_forged_message_is_refused_and_the_leaders_own_still_comes(server: 
     for forged in (b"garbage", b"closed", b"gap", b"", stop, *elsewhere, bytes(40)):
         stranger.set(key, forged)  # type: ignore[arg-type]
         with pytest.raises(SealBrokenError):
-            perform(receive(KEYS, SEAL, "n0", 0), store, time.monotonic)
+            perform(receive(KEYS, SEAL, Mailbox("n0")), store, time.monotonic)
     stranger.set(key, SEAL.seal(key, b"sealed nonsense"))  # type: ignore[arg-type]
     with pytest.raises(ValueError):  # noqa: PT011 (msgspec's own)
-        perform(receive(KEYS, SEAL, "n0", 0), store, time.monotonic)
+        perform(receive(KEYS, SEAL, Mailbox("n0")), store, time.monotonic)
     stranger.set(key, SEAL.seal(key, stop))  # type: ignore[arg-type]
-    assert perform(receive(KEYS, SEAL, "n0", 0), store, time.monotonic) == End(None)
+    assert perform(receive(KEYS, SEAL, Mailbox("n0")), store, time.monotonic) == End(None)
 
 
 def test_V1_what_an_earlier_job_has_left_in_the_store_is_never_read(server: TCPStore) -> None:
@@ -450,29 +597,31 @@ def test_V1_what_an_earlier_job_has_left_in_the_store_is_never_read(server: TCPS
     for name in ("n0", "n1"):
         for event in (Joined(world.node(name)), Ready(name, 1)):
             perform(watched(append(KEYS, SEAL, event)), store, time.monotonic)
-    perform(watched(lead(KEYS, SEAL, leader, lambda job: job.memory.round == 0)), store, time.monotonic)
+    perform(watched(lead(KEYS, SEAL, leader, lambda job: job.memory.round == 0, nobody_stops)), store, time.monotonic)
     for name in ("n0", "n1"):
-        message = perform(watched(receive(KEYS, SEAL, name, 0)), store, time.monotonic)
+        message = perform(watched(receive(KEYS, SEAL, Mailbox(name))), store, time.monotonic)
         assert isinstance(message, Assigned)
         assert message.memory.restarts == 0
     assert all(key.startswith("0123456789abcdef/one-incarnation/") for key in touched)
     assert leader.forged == 0
 
 
-def test_a_message_is_not_left_in_the_store_when_the_next_one_is_asked_for(server: TCPStore) -> None:
-    store = client(server)
+def test_what_was_read_is_deleted_when_there_is_time_for_it(server: TCPStore) -> None:
+    store, mailbox = client(server), Mailbox("n0")
     first, second = KEYS.mail("n0", 0), KEYS.mail("n0", 1)
     for key in (first, second):
         store.set(key, SEAL.seal(key, encode(End(None))))  # type: ignore[arg-type]
-    assert perform(receive(KEYS, SEAL, "n0", 0), store, time.monotonic) == End(None)
-    assert perform(receive(KEYS, SEAL, "n0", 1), store, time.monotonic) == End(None)
+    assert perform(receive(KEYS, SEAL, mailbox), store, time.monotonic) == End(None)
+    perform(tidy(mailbox.used), store, time.monotonic)
     assert not store.check([first])
+    assert store.check([second])
+    assert perform(receive(KEYS, SEAL, mailbox), store, time.monotonic) == End(None)
 
 
 def test_who_waits_for_mail_is_woken_when_the_mailbox_is_closed(server: TCPStore) -> None:
     waiting, store = client(server), client(server)
-    message = run(lambda: perform(receive(KEYS, SEAL, "n0", 0), waiting, time.monotonic))
-    perform(close_mailbox(KEYS, SEAL, "n0", 0), store, time.monotonic)
+    message = run(lambda: perform(receive(KEYS, SEAL, Mailbox("n0")), waiting, time.monotonic))
+    perform(close_mailbox(KEYS, SEAL, Mailbox("n0")), store, time.monotonic)
     assert message.result(GENEROUS) is None
 
 
@@ -480,8 +629,8 @@ def test_mail_that_has_come_is_not_lost_by_closing_the_mailbox(server: TCPStore)
     store = client(server)
     key = KEYS.mail("n0", 0)
     store.set(key, SEAL.seal(key, encode(End(None))))  # type: ignore[arg-type]
-    perform(close_mailbox(KEYS, SEAL, "n0", 0), store, time.monotonic)
-    assert perform(receive(KEYS, SEAL, "n0", 0), store, time.monotonic) == End(None)
+    perform(close_mailbox(KEYS, SEAL, Mailbox("n0")), store, time.monotonic)
+    assert perform(receive(KEYS, SEAL, Mailbox("n0")), store, time.monotonic) == End(None)
 
 
 def test_the_loss_of_the_store_is_no_timeout() -> None:
@@ -490,8 +639,8 @@ def test_the_loss_of_the_store_is_no_timeout() -> None:
     one, other = client(server), client(server)
     leader = Leader(Job(world.settings, world.node("n0"), time.monotonic()))
     waits: list[Future[Any]] = [
-        run(lambda: perform(receive(KEYS, SEAL, "n0", 0), one, time.monotonic)),
-        run(lambda: perform(lead(KEYS, SEAL, leader, lambda job: False), other, time.monotonic)),
+        run(lambda: perform(receive(KEYS, SEAL, Mailbox("n0")), one, time.monotonic)),
+        run(lambda: perform(lead(KEYS, SEAL, leader, lambda job: False, nobody_stops), other, time.monotonic)),
     ]
     del server
     for each in waits:

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from ft_launcher.formation import Gathering, forms_at, quorum, stronger, terms_conflict
-from ft_launcher.records import Node, Reason, ReasonKind, Terms
+from ft_launcher.records import PROTOCOL, Node, Reason, ReasonKind, Terms
 
 LAST_CALL = 30.0
 SINCE = 100.0
@@ -137,7 +137,10 @@ HOST = Node(id="1", name="a", address="10.0.0.1", pid=11, local_world_size=8, te
         ({"restart_policy": "p"}, "has --ft-restart-policy p, node a (pid 11) has any-failed; give both the same"),
         ({"max_restarts": 0}, "has --max-restarts 0, node a (pid 11) has 3; give both the same"),
         ({"torch": "2.4"}, "has torch 2.4, node a (pid 11) has 2.13; install the same torch on both"),
-        ({"protocol": 7}, "has ft_launcher protocol 7, node a (pid 11) has 1; install the same ft_launcher on both"),
+        (
+            {"protocol": 7},
+            f"has ft_launcher protocol 7, node a (pid 11) has {PROTOCOL}; install the same ft_launcher on both",
+        ),
     ],
 )
 def test_what_two_nodes_were_told_differently_is_said_with_both_names(told: dict[str, int | str], words: str) -> None:

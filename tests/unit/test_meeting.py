@@ -20,7 +20,7 @@ from ft_launcher.host import ANNOUNCEMENT, announcement_seal
 from ft_launcher.job_rendezvous import BOUNDED_RESOLVER
 from ft_launcher.lifeline import Beats
 from ft_launcher.meeting import PATIENCE, Attended, Endpoint, Meeting, NobodyThereError, parse_endpoints
-from ft_launcher.records import Announcement, Joined, Memory, Ready, Waiting, encode
+from ft_launcher.records import PROTOCOL, Announcement, Joined, Memory, Ready, Waiting, encode
 from tests.conftest import GENEROUS
 from tests.unit.leading import World
 
@@ -303,7 +303,8 @@ def test_N12_another_token_is_said(nodes: Nodes, ours: bytes | None, theirs: byt
 def test_N10_another_protocol_is_said_with_both(nodes: Nodes) -> None:
     store = announce(A, nodes.port, said(protocol=9))
     assert refusal(lambda: nodes.attend(A)) == (
-        "the launcher on n7 (pid 777) speaks protocol 9, this one on n0 1; install the same ft_launcher on both"
+        "the launcher on n7 (pid 777) speaks protocol 9, this one on n0 "
+        f"{PROTOCOL}; install the same ft_launcher on both"
     )
     del store
 

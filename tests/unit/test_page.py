@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ft_launcher.page import MAX_SECTIONS, PAGE_BYTES, Slot, StampPage, create_page
+from ft_launcher.watch import Progress
 
 
 @pytest.fixture
@@ -101,10 +102,15 @@ def test_what_a_page_said_moves_to_another_but_for_the_monitors_own_stamp(pages)
     private.begin()
     private.stamps[private.section_slot("step")] = 9_000_000_000
     private.stamps[Slot.LOOKED] = 1
+    private.stamps[Slot.ASKED] = 42
+    private.stamps[Slot.NOTICE] = -1
     writer.stamps[Slot.LEASE] = 8
+    writer.stamps[Slot.NOTICE], writer.stamps[Slot.SAVE_AT] = 3, 43
     writer.copy_from(private)
     private.close()
     assert reader.read().lease == pytest.approx(8e-9)
     assert reader.read().open_sections == {"step": pytest.approx(9.0)}
     assert reader.stamps[Slot.LOOKED] == 7
-    assert writer.section_slot("step") == 8
+    assert (reader.stamps[Slot.NOTICE], reader.stamps[Slot.SAVE_AT]) == (3, 43)
+    assert reader.progress() == Progress(asked=41)
+    assert writer.section_slot("step") == len(Slot) + 1

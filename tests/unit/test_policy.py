@@ -7,7 +7,7 @@ import pytest
 
 from ft_launcher.policy import NodeState, Verdict, any_failed, min_healthy
 
-HEALTHY, SUCCEEDED, FAILED, GONE = NodeState
+HEALTHY, SUCCEEDED, FAILED, GONE, PREEMPTED = NodeState
 LOST = {FAILED, GONE}
 ROUNDS = [states for nodes in range(1, 7) for states in product(NodeState, repeat=nodes)]
 
@@ -40,13 +40,22 @@ def test_min_healthy_restarts_exactly_when_too_few_run_or_have_succeeded():
 def test_min_healthy_succeeds_exactly_when_none_runs_and_enough_have_succeeded():
     for states in ROUNDS:
         for min_nodes in range(1, 7):
-            expected = HEALTHY not in states and states.count(SUCCEEDED) >= min_nodes
+            expected = not {HEALTHY, PREEMPTED} & set(states) and states.count(SUCCEEDED) >= min_nodes
             assert (min_healthy(states, min_nodes) is Verdict.SUCCEED) == expected, states
 
 
 def test_min_healthy_with_every_node_needed_is_any_failed():
     for states in [(), *ROUNDS]:
         assert min_healthy(states, len(states)) is any_failed(states), states
+
+
+def test_a_job_is_preempted_exactly_when_none_runs_enough_ended_well_and_one_of_them_for_a_notice():
+    for states in ROUNDS:
+        is_over = HEALTHY not in states and PREEMPTED in states
+        assert (any_failed(states) is Verdict.PREEMPT) == (is_over and not LOST & set(states)), states
+        for min_nodes in range(1, 7):
+            good = len([state for state in states if state not in LOST])
+            assert (min_healthy(states, min_nodes) is Verdict.PREEMPT) == (is_over and good >= min_nodes), states
 
 
 def test_the_verdict_does_not_depend_on_the_order_of_the_nodes():

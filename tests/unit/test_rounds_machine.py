@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from msgspec.structs import replace
 
-from ft_launcher.causes import Excluded, Hung, NodeLost, ShutDown, TooFewNodes
+from ft_launcher.causes import Excluded, Hung, NodeLost, Preempted, ShutDown, TooFewNodes
 from ft_launcher.formation import quorum
 from ft_launcher.policy import NodeState, Verdict, any_failed, min_healthy
 from ft_launcher.records import (
     Assigned,
     End,
     Event,
+    Held,
     Joined,
     Leave,
     Left,
@@ -22,14 +23,18 @@ from ft_launcher.records import (
     Memory,
     Message,
     Node,
+    Noticed,
+    Prepare,
     Ready,
     Reported,
     Requested,
+    SaveAt,
+    Saved,
     Stop,
     Waiting,
 )
 from ft_launcher.rounds import STRAGGLERS
-from tests.unit.leading import CRASH, DIED, FAILED, GONE, HEALTHY, SUCCEEDED, TIMING, World
+from tests.unit.leading import CRASH, DIED, FAILED, GONE, HEALTHY, PREEMPTED, SUCCEEDED, TIMING, World
 
 SLOTS = 6
 MEMORY = Memory(epoch=2, round=7, restarts=0, nodes=3, voters=4, world_size=6)
@@ -72,6 +77,7 @@ class Rounds(RuleBasedStateMachine):
         self.excluded: set[str] = set()  # ids
         self.lost: set[str] = set()
         self.refused: set[str] = set()
+        self.preempted: set[str] = set()
         self.left_for_good = 0  # of the last round
         self.ready: dict[str, int] = {}  # who waits for a round, with the port of its store
         self.states: dict[str, NodeState] | None = None  # of the running round; None: none runs
@@ -164,18 +170,44 @@ class Rounds(RuleBasedStateMachine):
         self.all_that_must_stop_have_stopped()
         self.time_passes(seconds=33.0)
 
-    @rule(place=st.integers(0, SLOTS - 1), failed=flags, stale=flags, at_once=flags)
-    def a_node_reports(self, place, failed, stale, at_once):
+    @rule(
+        place=st.integers(0, SLOTS - 1),
+        state=st.sampled_from([FAILED, SUCCEEDED, PREEMPTED]),
+        stale=flags,
+        at_once=flags,
+    )
+    def a_node_reports(self, place, state, stale, at_once):
         id_ = self.ids.get(place)
-        if id_ is None or self.states is None or id_ in self.ready or self.states.get(id_) in (SUCCEEDED, FAILED):
+        over = (SUCCEEDED, FAILED, PREEMPTED)
+        if id_ is None or self.states is None or id_ in self.ready or self.states.get(id_) in over:
             return
-        state = FAILED if failed else SUCCEEDED
         if id_ in self.states and not stale:
             self.states[id_] = state
-            if failed:
+            if state is FAILED:
                 self.incidents.add(id_)
-        cause = Hung("no heartbeat for 3 s") if failed else None
+        cause = Hung("no heartbeat for 3 s") if state is FAILED else None
         self.happen(Reported(id_, self.round - stale, state, cause, 3), at_once=at_once)
+
+    @rule(place=st.integers(0, SLOTS - 1), seconds=st.sampled_from([None, 20.0]), at_once=flags)
+    def a_notice_comes(self, place, seconds, at_once):
+        if place in self.ids:
+            self.happen(Noticed(self.ids[place], "SIGTERM", seconds), at_once=at_once)
+
+    @rule(step=st.integers(-1, 9), at_once=flags)
+    def all_do_what_they_were_told_for_a_notice(self, step, at_once):
+        for id_ in self.live():
+            match next((each for each in self.world.mail[id_][::-1] if not isinstance(each, Waiting)), None):
+                case Prepare(round_, number):
+                    self.happen(Held(id_, round_, number, step), at_once=at_once)
+                case SaveAt(round_, number, at):
+                    self.happen(Saved(id_, round_, number, at), at_once=at_once)
+
+    @rule(notices=st.sets(st.integers(0, SLOTS - 1), max_size=3))
+    def all_ranks_end_for_a_notice(self, notices):
+        for place in notices:
+            self.a_notice_comes(place=place, seconds=20.0, at_once=True)
+        for place in range(SLOTS):
+            self.a_node_reports(place=place, state=PREEMPTED, stale=False, at_once=True)
 
     def remove(self, place: int, *, counted: bool, for_good: bool) -> str:
         id_ = self.ids.pop(place)
@@ -262,6 +294,7 @@ class Rounds(RuleBasedStateMachine):
         """Let the leader speak, and check all that it says."""
         was_ended, was_over = self.ended, self.is_over
         self.has_failed = True
+        self.noticed = self.live() & self.world.job._preemption.noticed.keys()
         said = self.world.decide()
         self.settled = True
         if not was_over:
@@ -277,8 +310,8 @@ class Rounds(RuleBasedStateMachine):
             self.check_end(ends)
         for id_, each in said:
             if isinstance(each, Leave):
-                assert id_ in self.excluded or id_ in self.refused, (id_, each)
-                assert isinstance(each.cause, Excluded)
+                assert id_ in self.excluded | self.refused | self.preempted, (id_, each)
+                assert isinstance(each.cause, Preempted if id_ in self.preempted else Excluded)
         if was_ended:
             assert all(isinstance(each, End | Leave) for _, each in said), said
         self.ended = self.is_over
@@ -291,7 +324,9 @@ class Rounds(RuleBasedStateMachine):
         verdict = any_failed(self.states.values())
         has_place = len(self.states) < self.max_nodes and self.world.settings.upscaling
         # Ranks that have finished do not run again for a newcomer.
-        is_due = self.world.now >= self.round_since + TIMING.min_uptime and SUCCEEDED not in self.states.values()
+        is_due = self.world.now >= self.round_since + TIMING.min_uptime
+        is_due &= not {SUCCEEDED, PREEMPTED} & set(self.states.values())
+        is_due &= self.world.now >= self.world.job._preemption.holds_until()
         if verdict is Verdict.CONTINUE and self.ready and has_place and is_due:
             return Verdict.RESTART
         return verdict
@@ -307,6 +342,18 @@ class Rounds(RuleBasedStateMachine):
             case Verdict.SUCCEED:
                 assert self.world.job.outcome == End(None)
                 self.may_end.append(type(None))
+            case Verdict.PREEMPT:
+                is_host = any(id_.startswith("n0.") for id_ in self.noticed)
+                if not self.noticed or is_host or len(self.live() - self.noticed) < self.min_nodes:
+                    self.may_end.append(Preempted)
+                    assert self.world.job.outcome is not None
+                    return
+                self.preempted |= self.noticed
+                for place in [each for each, id_ in self.ids.items() if id_ in self.noticed]:
+                    self.remove(place, counted=False, for_good=True)
+                assert sorted(stopped) == sorted(self.live() - self.ready.keys())
+                self.states = None
+                self.incidents = set()
             case Verdict.RESTART:
                 if self.incidents and self.restarts >= self.world.terms.max_restarts:
                     self.may_end += [Hung, NodeLost]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ft_launcher.exchange import Add, CompareSet, Delete, Get, MultiGet, MultiSet, Wait, perform
+from ft_launcher.exchange import Add, CompareSet, Delete, Get, MultiGet, MultiSet, Wait, WaitAll, perform
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 COSTS = {"add": 4e-6, "compare_set": 4e-6, "wait": 4e-6, "get": 4e-6, "delete": 4e-6}
@@ -73,6 +73,7 @@ def test_the_model_of_the_store_gives_what_torchs_store_gives(simulation):
             MultiGet(["a", "b"], 1.0),
             MultiGet(["a", "missing"], 0.05),
             Wait("b", 1.0),
+            WaitAll(["a", "b"]),
             Wait("missing", 0.05),
             Wait("missing", 0.0),
         ):
