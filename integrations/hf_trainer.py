@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from transformers.trainer_callback import TrainerCallback
@@ -51,6 +51,7 @@ class FaultToleranceCallback(TrainerCallback):  # type: ignore[misc]  # its base
         self._seen = Seen()
         self._learned: StateFile | None = None
         self._is_training = False
+        self._is_leaving = False
         self._evaluated = 0
 
     def on_init_end(self, args: Any, *_: Any, **__: Any) -> None:
@@ -74,10 +75,13 @@ class FaultToleranceCallback(TrainerCallback):  # type: ignore[misc]  # its base
         self._signs.beat()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - the Trainer's names
-        """Close `step`, and open what follows."""
+        """Close `step`, and open what follows. That is a save and the end if the machine is about to be taken away."""
         self._signs.leave()
         self._seen.iterations += 1
         self._learn()
+        if self._client.is_initialized and self._client.should_checkpoint(state.global_step):
+            self._is_leaving = control.should_save = True
+            control.should_evaluate = control.should_log = False  # there may be no time for it
         self._foresee(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -118,8 +122,16 @@ class FaultToleranceCallback(TrainerCallback):  # type: ignore[misc]  # its base
         if writes and path.is_dir():
             (path / COMPLETE).touch()
         self._signs.leave()
+        if self._is_leaving:
+            if state.is_world_process_zero:
+                self._logger.warning("saved %s, before the machine is taken away", path)
+            self._leave()
         self._seen.saves += 1
         self._learn()
+
+    def _leave(self) -> NoReturn:
+        atexit.unregister(self._client.abort)
+        self._client.exit_for_preemption()
 
     def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
         """Learn what is left to learn, make the finished flag if the training is complete, and disconnect."""

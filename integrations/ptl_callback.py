@@ -3,11 +3,12 @@
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ft_launcher import NoMonitorClient, RankMonitorClient, WorkloadAction, WorkloadControlRequest, connect
 from ft_launcher.integrations import progress
@@ -20,6 +21,9 @@ PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 FINALIZE = "maybe_finalize_save_checkpoint"
 """NeMo's method that completes a save which went on in the background."""
+
+PREEMPTED = "last-preempted.ckpt"
+"""Saved on a notice, in the directory of the ModelCheckpoint, or in `default_root_dir` where there is none."""
 
 SAVING = (("save_checkpoint",), ("strategy", "remove_checkpoint"), ("strategy", "checkpoint_io", FINALIZE))
 """Public methods, as seen from a Trainer, that write or remove checkpoints. No hook tells the end of a save, and none
@@ -239,13 +243,28 @@ class _Callback(_Either):  # type: ignore[misc]  # so that type checkers take it
         """Open `step`."""
         self._enter_step()
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Close `step`; learn timeouts."""
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        """Close `step`; learn timeouts; save and end if the machine is about to be taken away."""
         run = self._run
         if run is not None:
             run.signs.leave()
             run.seen.iterations += 1
             run.learn()
+            if run.is_training and run.client.should_checkpoint(trainer.global_step):
+                self._save_and_leave(trainer, run)
+
+    def _save_and_leave(self, trainer: Any, run: _Run) -> NoReturn:
+        # Where `ckpt_path="last"` looks for the newest file whose name begins with "last".
+        saver = trainer.checkpoint_callback
+        directory = getattr(saver, "dirpath", None) or trainer.default_root_dir
+        path = os.path.join(directory, PREEMPTED)  # noqa: PTH118 (it may be a URL)
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            self._logger.warning("saved %s at step %d, before the machine is taken away", path, trainer.global_step)
+        try:
+            run.client.exit_for_preemption()
+        finally:
+            self._end()
 
     def on_train_end(self, *_: Any) -> None:
         """Close what is open."""

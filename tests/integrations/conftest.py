@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,6 +131,20 @@ def train_disturbed(training: Training, *arguments: str, in_first_run: list[str]
     training.sandbox.assert_clean()
     states = [json.loads((training.sandbox.path / f"learned.{run}").read_text()) for run in (1, 2)]
     return Trained(running.output, states)
+
+
+def train_preempted(training: Training, *arguments: str) -> tuple[str, str]:
+    """Run it until a notice comes in its third epoch, and then to its end; give what each of the two has said."""
+    running = training.start(*arguments, "--step-time", "0.2", sections=LIMITS)
+    running.wait_for("epoch 2")
+    running.send(signal.SIGTERM)
+    assert running.wait() == os.EX_TEMPFAIL, running.output
+    training.sandbox.assert_clean()
+    assert "restart 1 of" not in running.output, running.output
+    again = training.start(*arguments, sections=LIMITS)
+    assert again.wait() == 0, again.output
+    training.sandbox.assert_clean()
+    return running.output, again.output
 
 
 def lightning(sandbox: Sandbox, package: str = "lightning") -> Training:

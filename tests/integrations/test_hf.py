@@ -1,12 +1,13 @@
 """A Trainer of Hugging Face on two ranks: it survives every fault, and learns its timeouts."""
 
 import json
+import re
 
 import pytest
 
 from ft_launcher.integrations.hf_trainer import COMPLETE, last_checkpoint
 from ft_launcher.integrations.progress import LEAST_SECONDS
-from tests.integrations.conftest import hugging_face, result, train_disturbed, train_undisturbed
+from tests.integrations.conftest import hugging_face, result, train_disturbed, train_preempted, train_undisturbed
 
 pytestmark = pytest.mark.timeout(900)  # of which the shared trainings take what the machine needs
 
@@ -78,3 +79,10 @@ def test_the_last_checkpoint_is_the_newest_complete_one(tmp_path):
     for step in (8, 100, 16):
         (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
+def test_a_training_that_is_preempted_saves_and_goes_on_where_it_saved(new_sandbox, undisturbed):
+    preempted, resumed = train_preempted(hugging_face(new_sandbox()))
+    assert re.search(r"saved .*/checkpoint-\d+, before the machine is taken away", preempted), preempted
+    assert "exit code 75: run again" in preempted
+    assert result(resumed) == result(undisturbed[0])

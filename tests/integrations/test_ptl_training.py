@@ -1,9 +1,11 @@
 """A Lightning Trainer on two ranks, with each callback: it survives every fault, and learns its timeouts."""
 
+import re
+
 import pytest
 
 from ft_launcher.integrations.progress import LEAST_SECONDS
-from tests.integrations.conftest import lightning, result, train_disturbed, train_undisturbed
+from tests.integrations.conftest import lightning, result, train_disturbed, train_preempted, train_undisturbed
 
 pytestmark = pytest.mark.timeout(900)  # of which the shared trainings take what the machine needs
 
@@ -82,3 +84,15 @@ def test_the_heartbeats_learned_in_one_run_limit_the_next_one(with_heartbeats):
     assert {rank for rank, _, _ in kills} == {"0", "1"}
     assert kills[0][1:] == ("no heartbeat", pytest.approx(first["subsequent"], rel=0.01))
     assert all(seconds < 100 for _, _, seconds in kills)
+
+
+@pytest.mark.parametrize(("monitoring", "package"), [("sections", "pytorch_lightning"), ("heartbeats", "lightning")])
+def test_a_training_that_is_preempted_saves_and_goes_on_where_it_saved(new_sandbox, monitoring, package):
+    training = lightning(new_sandbox(), package)
+    preempted, resumed = train_preempted(training, "--epochs", "7", "--monitoring", monitoring)
+    saved = re.search(r"saved .*/last-preempted\.ckpt at step (\d+)", preempted)
+    assert saved, preempted
+    assert "exit code 75: run again" in preempted
+    assert f"resumed from step {saved[1]}" in resumed
+    # Not the same bits: Lightning begins the epoch anew, with other batches, unless the loader can tell its state.
+    assert result(resumed)
