@@ -3,13 +3,8 @@
 import os
 import signal
 
-# A scheduler's warning may come at any time, and is not meant to end the launcher.
-for number in (signal.SIGUSR1, signal.SIGUSR2):
-    if signal.getsignal(number) == signal.SIG_DFL:
-        signal.signal(number, signal.SIG_IGN)
-
-# SIGTERM is: but how, and with what exit code, only the launcher knows, who lets it through (signals.py).
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+# What a scheduler says may come at any time. Only the launcher knows what it means, and lets it through (signals.py).
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 
 # Torch's C++ side has 20 lines for a lost host; the launcher has one, with what to do about it. Torch reads this once,
 # when it is loaded; the workers shall not inherit it.

@@ -116,6 +116,7 @@ class FtAgent(LocalElasticAgent):
         self.cause: Cause | None = None
         self.origin = ""  # where else it came from
         self.causes: dict[int, Cause] = {}
+        self.has_started = False
         self.any_connected = False
         self.exit_codes: dict[int, int] = {}
         self._monitors = monitors
@@ -172,6 +173,7 @@ class FtAgent(LocalElasticAgent):
         started_at = time.monotonic()
         self._oom_kills = procfs.oom_kill_count() or 0
         self._hangs.clear()
+        self.has_started = True
         self.causes = {}
         self._settled = None
         with self._signals.kept_from_ranks(has_shim=isinstance(worker_group.spec.entrypoint, str)):

@@ -268,7 +268,7 @@ def _outcome(
         return _signalled(agent.exit_codes, result)
     if not agent.any_connected and ft.require_monitoring:
         logger.error(sentence(NotMonitored()))
-    elif not agent.any_connected and options.expect_monitoring:
+    elif agent.has_started and not agent.any_connected and options.expect_monitoring:
         logger.info("no rank connected to its monitor, so nobody watched for hangs; does the script use the client?")
     if result is not None and result.state == WorkerState.SUCCEEDED:
         return exit_code(NotMonitored(), ft.exit_codes) if ft.require_monitoring and not agent.any_connected else 0

@@ -75,6 +75,7 @@ class Preemption:
     def begin_round(self) -> None:
         """New ranks are about to start. They save for a notice that their predecessors had not done with."""
         self._is_told = False
+        self._closed_at = -inf  # what comes now, these have not saved for
         self.is_open &= bool(self.noticed)  # or nobody is left to whom it came
 
     def decide(self, round_: int, nodes: Iterable[str], now: float) -> list[tuple[str, Message]]:

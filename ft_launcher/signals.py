@@ -52,15 +52,16 @@ class StopSignals:
         self._waiting: signal.Signals | None = None
         # Torch hands this list to its process contexts, which would register handlers of their own.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
-        # Warnings of a scheduler (Slurm's --signal) are never meant to end the launcher.
+        self.install()
+        # Warnings of a scheduler (Slurm's --signal) are never meant to end the launcher. Not before the line above: what
+        # is ignored for a moment is lost, although it was blocked.
         for number in _WARNINGS:
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, signal.SIG_IGN)
-        self.install()
 
     def let_through(self) -> None:
         """Receive what came before there was anybody to receive it (__main__.py). May raise as a signal does."""
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, *_WARNINGS})
 
     def install(self) -> None:
         """Handle the signals again, after torch has put its handlers in place."""

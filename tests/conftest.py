@@ -19,6 +19,10 @@ MARK = "FT_TEST_RUN"
 GENEROUS = 60.0
 """Seconds after which a test gives up waiting for an event: machines are slow, but events come."""
 
+# A shell has its background jobs ignore these two, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
 
 def marked_processes(mark: str) -> list[int]:
     """Give the processes, zombies left out, that have `mark` in their environment."""

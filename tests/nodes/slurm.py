@@ -60,7 +60,8 @@ ReturnToService=2
 SlurmdTimeout=6
 MessageTimeout=4
 TCPTimeout=1
-KillWait=10
+# Longer than with_spares.sbatch looks for the node of its script; 30 by default.
+KillWait=20
 MpiDefault=none
 # A cluster looks at its queue every minute; tests would only wait.
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
@@ -182,11 +183,11 @@ class Job:
 
     def wait_for(self, text: str, count: int = 1) -> None:
         """Wait until the job has written `text` this often."""
-        self._slurm.wait_until(lambda: self.output.count(text) >= count, lambda: f"{count} times {text!r}; {self}")
+        self._slurm.wait_until(lambda: self.output.count(text) >= count, lambda: f"{count} times {text!r}")
 
     def wait(self) -> set[str]:
         """Wait for the end of the job, requeues included, and give the last state of it or of all its elements."""
-        self._slurm.wait_until(lambda: self._states() <= ENDED, lambda: f"the job's end; {self}", pause=0.3)
+        self._slurm.wait_until(lambda: self._states() <= ENDED, lambda: f"the end of job {self.number}", pause=0.3)
         return self._states()
 
     def running(self) -> str:
@@ -197,9 +198,6 @@ class Job:
     def _states(self) -> set[str]:
         return set(self.records("JobState"))
 
-    def __repr__(self) -> str:
-        return f"{self._states()}, and this output:\n{self.output}\n{self._slurm.logs()}"
-
 
 class Slurm:
     """A cluster of three nodes and a controller; all its files are in one directory."""
@@ -208,6 +206,7 @@ class Slurm:
         self.directory = directory
         self._sandbox = sandbox
         self._machines: dict[str, Machine] = {}
+        self._jobs: list[Job] = []
 
     def start(self) -> None:
         """Bring up the machines, their network and the daemons, and wait until the nodes are there."""
@@ -274,7 +273,8 @@ class Slurm:
         """Give a batch script to sbatch, in the test's directory, with `env` added to its environment."""
         output = self._sandbox.path / f"{script.stem}.out"
         words = ["sbatch", "--parsable", f"--output={output}", *options, str(script), *arguments]
-        return Job(self, self.control(*words, **env).split()[-1], output)
+        self._jobs.append(Job(self, self.control(*words, **env).split()[-1], output))
+        return self._jobs[-1]
 
     def assert_nothing_runs(self, *names: str) -> None:
         """Fail unless all processes of jobs end on these machines, within seconds."""
@@ -292,6 +292,11 @@ class Slurm:
             if time.monotonic() > deadline:
                 raise AssertionError(f"not within {PATIENCE} s: {what()}")
             clock.wait(pause)
+
+    @property
+    def output(self) -> str:
+        """All that the jobs have written, and the last lines of each daemon."""
+        return "\n".join([*(f"--- job {job.number}\n{job.output}" for job in self._jobs), "--- daemons", self.logs()])
 
     def logs(self) -> str:
         """Give the last lines of each daemon."""

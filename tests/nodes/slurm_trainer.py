@@ -1,9 +1,9 @@
-"""Train one layer with DDP over gloo; save after each step, stop where warned, and say when all is done.
+"""Train one layer with DDP over gloo; save now and then, and for a notice, and say when all is done.
 
     ft_launcher ... slurm_trainer.py --steps 8 --wait-at 4 --crash-at 3
 
 Same world size, same bits, however often it is stopped: a step is a function of the last one and of its number. With
---wait-at it stays at that step until there is a file `go` in the working directory, or it is warned.
+--wait-at it stays behind that step until there is a file `go` in the working directory, or it has saved for a notice.
 """
 
 import argparse
@@ -20,42 +20,49 @@ from torch.nn.parallel import DistributedDataParallel
 import ft_launcher
 
 CHECKPOINT = Path("checkpoint.pt")
+SAVE_EVERY = 3  # steps
 PAUSE = 0.05  # seconds between two looks at what the test has put there
+QUESTIONS = 10**6
+"""Of these each step has room for: while it waits, a rank asks on, and all ranks save at the same question."""
 
 
 def main() -> None:
     options = parse_options()
-    warned = Warned()
+    if options.ignore_term:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     client = ft_launcher.connect()
     dist.init_process_group("gloo")
-    run(options, warned, client)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Python takes handlers away as it ends: a signal then would kill
-    client.shutdown_workload_monitoring()
-    # DDP keeps gloo's thread, which may let go of the last barrier as Python ends; then torch 2.13 aborts, 1 in 20 times.
-    os._exit(0)
+    code = 0
+    try:
+        run(options, client)
+        client.shutdown_workload_monitoring()
+    except SystemExit as preempted:
+        if preempted.code != os.EX_TEMPFAIL:
+            raise
+        code = os.EX_TEMPFAIL
+    # DDP keeps gloo's thread, which may let go of the last barrier as Python ends: then torch 2.13 aborts (1 in 20).
+    os._exit(code)
 
 
-def run(options: argparse.Namespace, warned: "Warned", client: ft_launcher.RankMonitorClient) -> None:
-    """Train from the last checkpoint to the last step, or until warned."""
+def run(options: argparse.Namespace, client: ft_launcher.RankMonitorClient) -> None:
+    """Train from the last checkpoint to the last step, or until a notice."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = DistributedDataParallel(torch.nn.Linear(4, 1, dtype=torch.float64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     step = resume(model, optimizer)
     say(f"start: rank {rank} of {world} on {os.uname().nodename}, cycle {os.environ['FT_CYCLE']}, from step {step}")
     while step < options.steps:
+        if is_to_save(client, step, is_to_wait=step == options.wait_at):
+            save(model, optimizer, step)
+            say(f"rank {rank} was warned, and has saved step {step}")
+            client.exit_for_preemption()
         step += 1
         if step == options.crash_at and rank == world - 1 and is_first("crashed"):
             raise SystemExit(f"rank {rank} crashes at step {step}")
-        if step == options.wait_at:
-            say(f"rank {rank} waits at step {step}")
-            warned.wait_for(Path("go"))
         with client.section("step"):
             train(model, optimizer, step)
-        stop = is_to_stop(warned)
-        save(model, optimizer, step)
-        if stop:
-            say(f"rank {rank} was warned, and has saved step {step}")
-            return
+        if step % SAVE_EVERY == 0:
+            save(model, optimizer, step)
     if rank == 0:
         numbers = torch.cat([each.flatten() for each in model.parameters()]).tolist()
         say(f"finished step {step}: {[number.hex() for number in numbers]}")
@@ -63,28 +70,21 @@ def run(options: argparse.Namespace, warned: "Warned", client: ft_launcher.RankM
             Path(flag).touch()
 
 
-class Warned:
-    """Whether SIGUSR1 or SIGTERM came to this rank."""
-
-    def __init__(self) -> None:
-        self.by: int | None = None
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.by = number  # and no more: what saves, saves between two steps
-
-    def wait_for(self, path: Path) -> None:
-        clock = threading.Event()
-        while not path.exists() and self.by is None:
-            clock.wait(PAUSE)
-
-
-def is_to_stop(warned: Warned) -> bool:
-    """Whether any rank was warned: all must stop after the same step."""
-    wish = torch.tensor(int(warned.by is not None))
-    dist.all_reduce(wish, dist.ReduceOp.MAX)
-    return bool(wish.item())
+def is_to_save(client: ft_launcher.RankMonitorClient, step: int, *, is_to_wait: bool) -> bool:
+    """Ask whether to save behind this step; if it is to wait, until there is a notice, or the file `go`."""
+    if client.should_checkpoint(step * QUESTIONS):
+        return True
+    if not is_to_wait:
+        return False
+    say(f"rank {dist.get_rank()} waits at step {step}")
+    clock = threading.Event()
+    question = step * QUESTIONS
+    while not Path("go").exists():
+        clock.wait(PAUSE)
+        question += 1
+        if client.should_checkpoint(question):
+            return True
+    return False
 
 
 def train(model: DistributedDataParallel, optimizer: torch.optim.SGD, step: int) -> None:
@@ -134,6 +134,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--wait-at", type=int)
     parser.add_argument("--crash-at", type=int)
+    parser.add_argument("--ignore-term", action="store_true", help="hear of a preemption only from the launcher")
     return parser.parse_args()
 
 

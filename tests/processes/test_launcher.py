@@ -75,19 +75,47 @@ def test_L1_L2_ranks_that_all_end_well_make_0_of_a_signal_that_comes_twice(sandb
     sandbox.assert_clean()
 
 
+@pytest.fixture
+def loading(sandbox, wait_for):
+    """Start a job, and give it at the moment when its launcher loads torch."""
+
+    def start(script, *flags):
+        job = sandbox.launch(*flags, sandbox.script(script))
+
+        def is_loading() -> bool:
+            status = Path(f"/proc/{job.pid}/status").read_text()
+            blocked = next(line for line in status.splitlines() if line.startswith("SigBlk:"))
+            return bool(int(blocked.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+        wait_for(is_loading, "signals are put off")
+        return job
+
+    return start
+
+
 @pytest.mark.parametrize(("flags", "code"), [((), 143), (("--ft-preemption-signals", "SIGTERM"), 75)])
-def test_L3_sigterm_while_the_launcher_loads_torch_ends_it_as_it_says(sandbox, wait_for, flags, code):
-    job = sandbox.launch(*flags, sandbox.script("raise SystemExit('never')"))
-
-    def is_loading() -> bool:
-        status = Path(f"/proc/{job.pid}/status").read_text()
-        blocked = next(line for line in status.splitlines() if line.startswith("SigBlk:"))
-        return bool(int(blocked.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
-
-    wait_for(is_loading, "SIGTERM is put off")
+def test_L3_sigterm_while_the_launcher_loads_torch_ends_it_as_it_says(sandbox, loading, flags, code):
+    job = loading("raise SystemExit('never')", *flags)
     job.send(signal.SIGTERM)
     assert job.wait() == code, job.output
     assert "started rank" not in job.output
+    sandbox.assert_clean()
+
+
+SAVES = """
+import ft_launcher
+client = ft_launcher.connect()
+step = 0
+while not client.should_checkpoint(step):
+    step += 1
+client.exit_for_preemption()
+"""
+
+
+def test_L3_a_warning_while_the_launcher_loads_torch_is_heard(sandbox, loading):
+    job = loading(SAVES)
+    job.send(signal.SIGUSR1)
+    assert job.wait() == 75, job.output
     sandbox.assert_clean()
 
 

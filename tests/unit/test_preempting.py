@@ -319,6 +319,14 @@ def test_the_same_notice_soon_after_the_save_is_an_echo_and_later_another_one(wo
     assert {each for _, each in world.tell(Noticed("n0", "SIGTERM"))} == {Prepare(0, 3, "SIGTERM", "n0")}
 
 
+def test_the_same_notice_soon_after_the_save_is_another_one_for_the_ranks_of_the_next_round(world):
+    world.tell(Noticed("n1", "SIGTERM"))
+    prepare_and_save(world, "n0", "n1", "n2")
+    world.report("n2", FAILED)
+    world.ready("n0", "n1", "n2")
+    assert {each for _, each in world.tell(Noticed("n0", "SIGTERM"))} == {Prepare(1, 2, "SIGTERM", "n0")}
+
+
 def test_a_notice_that_was_not_done_with_goes_on_in_the_next_round(world):
     world.tell(Noticed("n1", "SIGTERM", 30.0))
     world.tell(Held("n0", 0, 1, 9))
