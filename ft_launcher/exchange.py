@@ -294,6 +294,10 @@ def _write(keys: Keys, seal: Seal, leader: Leader, mail: list[tuple[str, Message
             key = keys.mail(node_id, number)
             names.append(key)
             values.append(seal.seal(key, encode(message)))
+        if start:
+            # Not before the store has taken in the last ones, as the sealing was faster: its socket would be full, and
+            # then it is up to 0.2 s (TCP's least timeout) until the kernel asks again whether there is room.
+            yield Add(keys.count, 0)
         yield MultiSet(names, values)
 
 

@@ -53,8 +53,8 @@ class StopSignals:
         # Torch hands this list to its process contexts, which would register handlers of their own.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
         self.install()
-        # Warnings of a scheduler (Slurm's --signal) are never meant to end the launcher. Not before the line above: what
-        # is ignored for a moment is lost, although it was blocked.
+        # Warnings of a scheduler (Slurm's --signal) are never meant to end the launcher. Not before the line above:
+        # what is ignored for a moment is lost, although it was blocked.
         for number in _WARNINGS:
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, signal.SIG_IGN)
