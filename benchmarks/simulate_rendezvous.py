@@ -40,7 +40,6 @@ from ft_launcher.exchange import (
     Operation,
     Steps,
     Wait,
-    WaitAll,
     append,
     gather,
     lead,
@@ -85,8 +84,10 @@ class Costs:
                 base = self.compare_set
             case Delete():
                 base = self.delete
-            case MultiSet(keys, _) | MultiGet(keys, _) | WaitAll(keys):
+            case MultiSet(keys, _) | MultiGet(keys, _):
                 base = self.wait + self.per_key * len(keys)
+            case Wait(keys, _):
+                base = self.wait + self.per_key * (len(keys) - 1)
             case Get() if index:
                 base = self.get
             case _:
@@ -137,7 +138,7 @@ def measure(repeats: int) -> Costs:
 
         add = cost(lambda _: Add("count", 1))
         compare_set = cost(lambda at: CompareSet(f"slot/{at}", BODY))
-        wait = cost(lambda at: Wait(f"slot/{at}", 1.0))
+        wait = cost(lambda at: Wait([f"slot/{at}"], 1.0))
         get = cost(lambda at: Get(f"slot/{at}")) - wait
         delete = cost(lambda at: Delete(f"slot/{at}"))
         names = [f"many/{at}" for at in range(MANY)]
@@ -156,7 +157,7 @@ def measure(repeats: int) -> Costs:
             keys = [f"wake/{at}/{each}" for each in range(MANY)]
             ended: list[Any] = []
             for connection, key in zip(connections[1:], keys[1:], strict=True):
-                connection.start(_one(Wait(key, 60.0)), ended.append)
+                connection.start(_one(Wait([key], 60.0)), ended.append)
             perform_one(connections[0], MultiSet(keys, [b""] * MANY))
             _until(connections, ended, MANY - 1)
         wake = max(0.0, (server.cpu() - before) / repeats - wait - per_key)
@@ -262,11 +263,7 @@ class ModelStore:
                 self._answer(client, [self._values[key] for key in keys])
             case Get(key):
                 self._wait(client, [key], math.inf)
-            case Wait(key, seconds):
-                self._wait(client, [key], seconds)
-            case WaitAll(keys):
-                self._wait(client, keys, math.inf)
-            case MultiGet(keys, seconds):
+            case Wait(keys, seconds) | MultiGet(keys, seconds):
                 self._wait(client, keys, seconds)
             case Now():
                 raise TypeError("no store is asked for the time")

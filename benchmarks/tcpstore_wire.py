@@ -9,11 +9,12 @@ import socket
 import struct
 from collections.abc import Callable, Generator
 from datetime import timedelta
+from math import inf
 from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-from ft_launcher.exchange import Add, CompareSet, Delete, Get, MultiGet, MultiSet, Now, Operation, Wait, WaitAll
+from ft_launcher.exchange import Add, CompareSet, Delete, Get, MultiGet, MultiSet, Now, Operation, Wait
 
 # torch/csrc/distributed/c10d/TCPStoreBackend.hpp, enum class QueryType
 VALIDATE, SET, COMPARE_SET, GET, ADD, CHECK, WAIT, GETNUMKEYS, DELETE_KEY, APPEND, MULTI_GET, MULTI_SET = range(12)
@@ -73,8 +74,7 @@ _FRAMES: dict[type, Callable[[Any], list[Frame]]] = {
     MultiGet: _multi_get,
     MultiSet: _multi_set,
     Now: lambda _: [],
-    Wait: lambda each: [_wait([each.key])],
-    WaitAll: lambda each: [_wait(each.keys)],
+    Wait: lambda each: [_wait(each.keys)],
 }
 
 
@@ -194,8 +194,8 @@ def check(address: str, port: int) -> None:
             perform_one(ours, CompareSet("wire/once", b"second")),
             perform_one(ours, MultiSet(["wire/a", "wire/b"], [b"A", b""])),
             perform_one(ours, MultiGet(["wire/a", "wire/b"], 1.0)),
-            perform_one(ours, Wait("wire/a", 1.0)),
-            perform_one(ours, WaitAll(["wire/a", "wire/b"])),
+            perform_one(ours, Wait(["wire/a"], 1.0)),
+            perform_one(ours, Wait(["wire/a", "wire/b"], inf)),
             perform_one(ours, Delete("wire/a")),
         ]
         seen += [torchs.add("wire/count", 0), torchs.get("wire/once"), torchs.check(["wire/a"])]

@@ -12,7 +12,7 @@ the store does not answer; the store itself counts them, for the one connection 
 import logging
 from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
-from math import inf
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
@@ -64,7 +64,10 @@ GAP_SECONDS = 0.2
 """A node that has taken its place in the log fills it within microseconds, or has died in between."""
 
 GROUP = 128
-"""Nodes whose readiness the leader is told of at once: it reads what these said while the next ones say it."""
+"""Least nodes whose readiness the leader is told of at once: it reads what these said while the next ones say it."""
+
+GROUPS = 8
+"""Most groups of a round. For each of them the leader looks through all nodes, so more would cost the square of n."""
 
 MAIL_AT_ONCE = 128
 """Messages that the leader writes in one operation: the store delivers them while the next ones are sealed."""
@@ -114,23 +117,17 @@ class Delete(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Says whether the key exists within so many seconds (inf: as soon as it does)."""
-
-    key: str
-    seconds: float
-
-
-class WaitAll(NamedTuple):
-    """Gives True as soon as all of the keys exist."""
+    """Says whether all of the keys exist within so many seconds (inf: as soon as they do)."""
 
     keys: list[str]
+    seconds: float
 
 
 class Now(NamedTuple):
     """Gives the time of a monotonic clock in seconds."""
 
 
-Operation: TypeAlias = Add | CompareSet | Get | MultiGet | MultiSet | Delete | Wait | WaitAll | Now
+Operation: TypeAlias = Add | CompareSet | Get | MultiGet | MultiSet | Delete | Wait | Now
 _T = TypeVar("_T")
 Steps: TypeAlias = Generator[Operation, Any, _T]
 
@@ -179,9 +176,15 @@ def say_ready(keys: Keys, seal: Seal, ready: Ready, round_: int) -> Steps[None]:
 
 def gather(keys: Keys, seal: Seal, round_: int, node_ids: Sequence[str]) -> Steps[None]:
     """Wait until all of these nodes have said that they are ready after the round; tell the leader, group by group."""
-    for start in range(0, len(node_ids), GROUP):
-        yield WaitAll([keys.ready(node_id, round_) for node_id in node_ids[start : start + GROUP]])
+    size = _group_size(len(node_ids))
+    for start in range(0, len(node_ids), size):
+        yield Wait([keys.ready(node_id, round_) for node_id in node_ids[start : start + size]], inf)
         yield from append(keys, seal, GroupReady(round_, start))
+
+
+def _group_size(nodes: int) -> int:
+    """Say how many of so many nodes a `GroupReady` is about, but for the last one."""
+    return max(GROUP, ceil(nodes / GROUPS))
 
 
 class Mailbox:
@@ -252,13 +255,13 @@ def lead(
     job = leader.job
     while True:
         now = yield Now()
-        if (yield Wait(keys.log(leader.next_slot), max(0.0, job.due() - now) if job.due() < inf else inf)):
+        if (yield Wait([keys.log(leader.next_slot)], max(0.0, job.due() - now))):
             events = yield from _read(keys, seal, leader)
         else:
             # What is due is to give up on nodes that do not come: then it matters which those are.
             come = []
             for node_id, name in leader.awaited.items():
-                if (yield Wait(name, 0.0)):
+                if (yield Wait([name], 0.0)):
                     come.append(node_id)
             events = yield from _read_ready(seal, leader, come)
         now = yield Now()
@@ -320,7 +323,8 @@ def _read(keys: Keys, seal: Seal, leader: Leader) -> Steps[list[Event]]:
         event = _opened(seal, leader, name, value)
         if isinstance(event, GroupReady):
             if event.round == leader.stopped_round:
-                events += yield from _read_ready(seal, leader, leader.told[event.start : event.start + GROUP])
+                end = event.start + _group_size(len(leader.told))
+                events += yield from _read_ready(seal, leader, leader.told[event.start : end])
         elif event is not None:
             events.append(event)
     return events
@@ -365,7 +369,7 @@ def perform(steps: Steps[_T], store: "TCPStore", now: Callable[[], float]) -> _T
         result = _perform(operation, store, now)
 
 
-_LONG = timedelta(days=20)  # torch hands the milliseconds to poll(2), whose argument has 32 bits
+_LONGEST_SECONDS = 20 * 86400.0  # torch hands the milliseconds to poll(2), whose argument has 32 bits
 
 
 def _perform(operation: Operation, store: "TCPStore", now: Callable[[], float]) -> Any:
@@ -378,10 +382,10 @@ def _perform(operation: Operation, store: "TCPStore", now: Callable[[], float]) 
             return store.compare_set(key, "", desired)  # type: ignore[arg-type]  # torch takes bytes too
         case Get(key):
             return _unless_late(store, inf, lambda: store.get(key))
-        case WaitAll(keys):
-            return _unless_late(store, inf, lambda: store.wait(keys) or True)
-        case Wait(key, seconds):
-            return _is_there([key], seconds, store)
+        case Wait(keys, seconds) if seconds <= 0:
+            return store.check(keys)
+        case Wait(keys, seconds):
+            return _unless_late(store, seconds, lambda: store.wait(keys) or True) is not None
         case MultiGet(keys, seconds):
             return _unless_late(store, seconds, lambda: store.multi_get(keys))
         case MultiSet(keys, values):
@@ -391,21 +395,17 @@ def _perform(operation: Operation, store: "TCPStore", now: Callable[[], float]) 
     return None
 
 
-def _is_there(keys: list[str], seconds: float, store: "TCPStore") -> bool:
-    if seconds <= 0:
-        return bool(store.check(keys))
-    return _unless_late(store, seconds, lambda: store.wait(keys) or True) is not None
-
-
 def _unless_late(store: "TCPStore", seconds: float, read: Callable[[], _T]) -> _T | None:
-    """Give what `read` reads, None when that is not there within so many seconds.
+    """Give what `read` reads, None when that is not there within so many seconds (inf: never None).
 
     Torch's get waits by itself for as long as the store's timeout says: one round trip less than after a wait.
     """
     from torch.distributed import DistStoreError
 
-    store.set_timeout(_LONG if seconds == inf else timedelta(seconds=seconds))
-    try:
-        return read()
-    except DistStoreError:
-        return None
+    store.set_timeout(timedelta(seconds=min(seconds, _LONGEST_SECONDS)))
+    while True:
+        try:
+            return read()
+        except DistStoreError:
+            if seconds < inf:
+                return None

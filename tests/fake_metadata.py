@@ -8,6 +8,7 @@ import json
 import secrets
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
@@ -46,7 +47,7 @@ class Silence(Exception):
     """There is to be no answer."""
 
 
-class FakeMetadata:
+class FakeMetadata(ABC):
     """An HTTP server on loopback; whoever opens it closes it, which also ends the requests that it holds back."""
 
     def __init__(self) -> None:
@@ -113,8 +114,9 @@ class FakeMetadata:
             handler.end_headers()
             handler.wfile.write(reply.body)
 
+    @abstractmethod
     def reply(self, method: str, path: str, query: dict[str, str], headers: dict[str, str], body: bytes) -> Reply:
-        raise NotImplementedError
+        """Answer a request, which has these headers in small letters."""
 
     def hold(self, until: Callable[[], bool], seconds: float = GENEROUS) -> None:
         """Hold a request back. Raises Silence when the server closes meanwhile. Call with `news` held."""
@@ -137,6 +139,17 @@ class FakeMetadata:
         """How many requests were answered so far."""
         with self.news:
             return len(self.asked)
+
+
+class Stranger(FakeMetadata):
+    """Something else in the place of a metadata service, that answers everything alike."""
+
+    def __init__(self, answer: Reply) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def reply(self, method: str, path: str, query: dict[str, str], headers: dict[str, str], body: bytes) -> Reply:
+        return self._answer
 
 
 class FakeAws(FakeMetadata):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ft_launcher.integrations.progress import LEAST_SECONDS
 from tests.conftest import Running, Sandbox
 
 PACKAGES = ("lightning", "pytorch_lightning", "transformers", "accelerate")
@@ -131,6 +132,28 @@ def train_disturbed(training: Training, *arguments: str, in_first_run: list[str]
     training.sandbox.assert_clean()
     states = [json.loads((training.sandbox.path / f"learned.{run}").read_text()) for run in (1, 2)]
     return Trained(running.output, states)
+
+
+def assert_sections_learned_limit_the_next_run(trained: Trained) -> None:
+    """Check what a disturbed training has learned of its sections in its first run, and that its hangs ended by it."""
+    first, second = (state["current_timeouts"]["section"] for state in trained.learned)
+    # Nothing of a fresh start says how long a resumed one takes, and the end of a run with all of them was not seen.
+    assert set(first["calculated_sections"]) == {"step", "checkpointing"}
+    assert first["section"]["setup"] == 100
+    assert 5 * 0.65 <= first["section"]["step"] < 100
+    assert LEAST_SECONDS <= first["section"]["checkpointing"] < 100
+    kills = trained.kills()
+    what, timeout = kills[0][1:]
+    assert what == "section 'step'"
+    assert timeout == pytest.approx(first["section"]["step"], rel=0.01)
+    assert {(rank, what) for rank, what, _ in kills} >= {
+        ("0", "section 'step'"),  # in the training
+        ("1", "section 'step'"),  # in the validation
+        ("0", "section 'checkpointing'"),
+    }
+    assert all(seconds < 100 for _, _, seconds in kills)
+    assert set(second["calculated_sections"]) == {"setup", "step", "checkpointing"}
+    assert second["section"]["step"] == first["section"]["step"]  # no start of the second run had 16 steps
 
 
 def train_preempted(training: Training, *arguments: str) -> tuple[str, str]:

@@ -7,7 +7,14 @@ import pytest
 
 from ft_launcher.integrations.hf_trainer import COMPLETE, last_checkpoint
 from ft_launcher.integrations.progress import LEAST_SECONDS
-from tests.integrations.conftest import hugging_face, result, train_disturbed, train_preempted, train_undisturbed
+from tests.integrations.conftest import (
+    assert_sections_learned_limit_the_next_run,
+    hugging_face,
+    result,
+    train_disturbed,
+    train_preempted,
+    train_undisturbed,
+)
 
 pytestmark = pytest.mark.timeout(900)  # of which the shared trainings take what the machine needs
 
@@ -47,20 +54,7 @@ def test_the_loop_of_a_job_script_ends_at_the_finished_flag(trained):
 
 
 def test_the_sections_learned_in_one_run_limit_the_next_one(trained):
-    first, second = (state["current_timeouts"]["section"] for state in trained.learned)
-    assert set(first["calculated_sections"]) == {"step", "checkpointing"}
-    assert 5 * 0.65 <= first["section"]["step"] < 100
-    assert LEAST_SECONDS <= first["section"]["checkpointing"] < 100
-    kills = trained.kills()
-    assert kills[0][1:] == ("section 'step'", pytest.approx(first["section"]["step"], rel=0.01))
-    assert {(rank, what) for rank, what, _ in kills} >= {
-        ("0", "section 'step'"),  # in the training
-        ("1", "section 'step'"),  # in the validation
-        ("0", "section 'checkpointing'"),
-    }
-    assert all(seconds < 100 for _, _, seconds in kills)
-    assert set(second["calculated_sections"]) == {"setup", "step", "checkpointing"}
-    assert second["section"]["step"] == first["section"]["step"]  # no start of the second run had 16 steps
+    assert_sections_learned_limit_the_next_run(trained)
 
 
 def test_heartbeats_are_sent_and_learned_from_where_no_sections_are_configured(undisturbed):
@@ -79,6 +73,26 @@ def test_the_last_checkpoint_is_the_newest_complete_one(tmp_path):
     for step in (8, 100, 16):
         (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
+POISONED = """
+import os, sys
+from ft_launcher.integrations.hf_trainer import last_checkpoint
+last = last_checkpoint("run")
+print("goes on from", last, flush=True)
+os._exit(last == os.path.join("run", "checkpoint-16"))
+"""
+
+
+def test_a_checkpoint_from_which_ranks_fail_again_and_again_is_left_out(sandbox):
+    for step in (8, 16):
+        (sandbox.path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+        (sandbox.path / "run" / f"checkpoint-{step}" / COMPLETE).touch()
+    running = sandbox.launch("--max-restarts", "3", "--ft-suspect-after", "2", sandbox.script(POISONED))
+    assert running.wait() == 0, running.output
+    given = [line.rpartition("-")[2] for line in running.lines if line.startswith("goes on from run/checkpoint-")]
+    assert given == ["16", "16", "8"]
+    sandbox.assert_clean()
 
 
 def test_a_training_that_is_preempted_saves_and_goes_on_where_it_saved(new_sandbox, undisturbed):

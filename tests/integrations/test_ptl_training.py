@@ -5,7 +5,14 @@ import re
 import pytest
 
 from ft_launcher.integrations.progress import LEAST_SECONDS
-from tests.integrations.conftest import lightning, result, train_disturbed, train_preempted, train_undisturbed
+from tests.integrations.conftest import (
+    assert_sections_learned_limit_the_next_run,
+    lightning,
+    result,
+    train_disturbed,
+    train_preempted,
+    train_undisturbed,
+)
 
 pytestmark = pytest.mark.timeout(900)  # of which the shared trainings take what the machine needs
 
@@ -56,22 +63,7 @@ def test_the_loop_of_a_job_script_goes_on_after_a_graceful_stop_and_ends_at_the_
 
 
 def test_the_sections_learned_in_one_run_limit_the_next_one(with_sections):
-    first, second = (state["current_timeouts"]["section"] for state in with_sections.learned)
-    # Nothing of a fresh start says how long a resumed one takes, and the end of a run with all of them was not seen.
-    assert set(first["calculated_sections"]) == {"step", "checkpointing"}
-    assert first["section"]["setup"] == 100
-    assert 5 * 0.65 <= first["section"]["step"] < 100
-    assert LEAST_SECONDS <= first["section"]["checkpointing"] < 100
-    kills = with_sections.kills()
-    assert kills[0][1:] == ("section 'step'", pytest.approx(first["section"]["step"], rel=0.01))
-    assert {(rank, what) for rank, what, _ in kills} >= {
-        ("0", "section 'step'"),  # in the training
-        ("1", "section 'step'"),  # in the validation
-        ("0", "section 'checkpointing'"),
-    }
-    assert all(seconds < 100 for _, _, seconds in kills)
-    assert set(second["calculated_sections"]) == {"setup", "step", "checkpointing"}
-    assert second["section"]["step"] == first["section"]["step"]  # no start of the second run had 16 steps
+    assert_sections_learned_limit_the_next_run(with_sections)
 
 
 def test_the_heartbeats_learned_in_one_run_limit_the_next_one(with_heartbeats):

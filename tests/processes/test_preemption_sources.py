@@ -35,8 +35,8 @@ from tests.fake_metadata import (
     FakeAws,
     FakeAzure,
     FakeGcp,
-    FakeMetadata,
     Reply,
+    Stranger,
 )
 
 VM = "trainer_3"
@@ -477,8 +477,7 @@ def test_P4_an_error_is_logged_once_and_so_is_its_end(watch, serve, caplog) -> N
     ids=lambda reply: f"{reply.status}-{reply.body[:6].decode()}",
 )
 def test_P4_whatever_answers_in_its_place_is_an_error(watch, serve, reply: Reply) -> None:
-    other = serve(FakeMetadata())
-    other.overriding = reply
+    other = serve(Stranger(reply))
     seen = watch(*all_of(other.url))
     for name in ("aws", "gcp", "azure"):
         assert other.url in seen.wait_for(SourceError, name).what

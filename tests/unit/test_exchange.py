@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
+from math import inf
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -16,9 +17,10 @@ from msgspec.structs import replace
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
-from ft_launcher import exchange
 from ft_launcher.causes import Exited
 from ft_launcher.exchange import (
+    GROUP,
+    GROUPS,
     Add,
     CompareSet,
     Delete,
@@ -32,7 +34,6 @@ from ft_launcher.exchange import (
     Operation,
     Steps,
     Wait,
-    WaitAll,
     append,
     close_mailbox,
     fill_gap,
@@ -266,7 +267,8 @@ class Between:
         timing = replace(self.world.settings.timing, join_timeout=join_timeout)
         self.world.settings = replace(self.world.settings, timing=timing)
         self.leader, self.led = start_leader(self.world, server)
-        self.nodes = [Node(self.world, name, client(server)) for name in names.split()]
+        connection = client(server)  # one for all, since they do one thing after the other
+        self.nodes = [Node(self.world, name, connection) for name in names.split()]
         for node in self.nodes:
             node.enter()
         for node in self.nodes:
@@ -295,12 +297,14 @@ class Between:
         self.led.result(GENEROUS)
 
 
-def test_nodes_are_heard_in_groups(server: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "GROUP", 2)
-    between = Between(server, "n0 n1 n2 n3 n4")
+@pytest.mark.parametrize(("count", "groups"), [(2 * GROUP + 1, 3), (GROUPS * GROUP + 1, GROUPS)])
+def test_nodes_are_heard_in_groups_and_in_few_however_many_they_are(server: TCPStore, count: int, groups: int) -> None:
+    between = Between(server, " ".join(f"n{number}" for number in range(count)), min_nodes=count)
+    before = between.leader.next_slot
     for node in reversed(between.nodes):
         node.be_ready(0)
     between.form_again(*between.nodes)
+    assert between.leader.next_slot - before == groups
     assert between.leader.forged == 0
     between.end()
 
@@ -468,8 +472,8 @@ class Table:
                 return self.count
             case CompareSet(key, value):
                 return self.values.setdefault(key, value)
-            case Wait(key, _):
-                if key not in self.values:
+            case Wait(keys, _):
+                if not all(key in self.values for key in keys):
                     raise TimeoutError
                 return True
             case MultiGet(keys, _):
@@ -480,8 +484,6 @@ class Table:
                 return self.values[key]
             case Delete(key):
                 del self.values[key]
-            case WaitAll():
-                raise TimeoutError
         return None
 
 
@@ -616,6 +618,38 @@ def test_what_was_read_is_deleted_when_there_is_time_for_it(server: TCPStore) ->
     assert not store.check([first])
     assert store.check([second])
     assert perform(receive(KEYS, SEAL, mailbox), store, time.monotonic) == End(None)
+
+
+class Impatient(TCPStore):
+    """A connection on which even the longest wait is soon over; `tries` tells of each."""
+
+    tries: "SimpleQueue[str]"
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        super().set_timeout(min(timeout, timedelta(seconds=0.05)))
+
+    def get(self, key: str) -> bytes:
+        self.tries.put(key)
+        return super().get(key)
+
+    def wait(self, keys: list[str]) -> None:  # type: ignore[override]
+        self.tries.put(keys[0])
+        super().wait(keys)
+
+
+@pytest.mark.parametrize("operation", [Get("key"), Wait(["key"], inf)])
+def test_a_wait_without_an_end_outlasts_the_longest_that_torch_can_wait(server: TCPStore, operation: Operation) -> None:
+    waiting = Impatient("127.0.0.1", server.port, is_master=False)
+    waiting.tries = SimpleQueue()
+
+    def steps() -> Steps[object]:
+        return (yield operation)
+
+    result = run(lambda: perform(steps(), waiting, time.monotonic))
+    for _ in range(3):
+        waiting.tries.get(timeout=GENEROUS)
+    client(server).set("key", "there")
+    assert result.result(GENEROUS) in (b"there", True)
 
 
 def test_who_waits_for_mail_is_woken_when_the_mailbox_is_closed(server: TCPStore) -> None:

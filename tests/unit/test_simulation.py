@@ -2,13 +2,14 @@
 
 import importlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from ft_launcher.exchange import Add, CompareSet, Delete, Get, MultiGet, MultiSet, Wait, WaitAll, perform
+from ft_launcher.exchange import Add, CompareSet, Delete, Get, MultiGet, MultiSet, Wait, perform
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 COSTS = {"add": 4e-6, "compare_set": 4e-6, "wait": 4e-6, "get": 4e-6, "delete": 4e-6}
@@ -72,15 +73,16 @@ def test_the_model_of_the_store_gives_what_torchs_store_gives(simulation):
             MultiSet(["a", "b"], [b"1", b""]),
             MultiGet(["a", "b"], 1.0),
             MultiGet(["a", "missing"], 0.05),
-            Wait("b", 1.0),
-            WaitAll(["a", "b"]),
-            Wait("missing", 0.05),
-            Wait("missing", 0.0),
+            Wait(["b"], 1.0),
+            Wait(["a", "b"], math.inf),
+            Wait(["a", "missing"], 0.05),
+            Wait(["missing"], 0.0),
+            Wait(["a", "b"], 0.0),
         ):
             result = yield operation
             seen.append(result)
         yield Delete("a")  # says whether there was something, which nobody looks at, and torch's does not tell
-        seen.append((yield Wait("a", 0.05)))
+        seen.append((yield Wait(["a"], 0.05)))
         return seen
 
     theirs = perform(steps(), simulation.open_store(), time.monotonic)
