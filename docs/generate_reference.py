@@ -13,6 +13,7 @@ from msgspec import Struct
 from ft_launcher.causes import (
     Cause,
     Excluded,
+    Exhausted,
     ExitCodes,
     Exited,
     HostLost,
@@ -44,6 +45,7 @@ CAUSES: dict[str, Cause] = {
     "a rank took more memory than there is": OutOfMemory(16 * 2**30),
     "no rank connected, under --ft-require-monitoring": NotMonitored(),
     "a rank asked to shut the job down": ShutDown("the loss is NaN"),
+    "no checkpoint is left from which ranks do not fail": Exhausted("no checkpoint is left to go on from: ..."),
     "a rank asked to exclude its node": Excluded("GPU 3 has uncorrectable errors"),
     "monitors die as fast as they are started": MonitorsFailed("..."),
     "SIGKILL does not end a process": Unkillable(4242, "D", "python3"),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ft_launcher.anywhere import NoMonitorClient, connect
     from ft_launcher.config import FaultToleranceConfig
     from ft_launcher.errors import FtLauncherError, RankMonitorClientError, UsageError
+    from ft_launcher.ladder import ResumeHint
     from ft_launcher.messages import WorkloadAction, WorkloadControlRequest
     from ft_launcher.rank_monitor_client import RankMonitorClient
 
@@ -19,6 +20,7 @@ __all__ = [
     "NoMonitorClient",
     "RankMonitorClient",
     "RankMonitorClientError",
+    "ResumeHint",
     "UsageError",
     "WorkloadAction",
     "WorkloadControlRequest",
@@ -33,6 +35,7 @@ _WHERE = {
     "NoMonitorClient": "anywhere",
     "RankMonitorClient": "rank_monitor_client",
     "RankMonitorClientError": "errors",
+    "ResumeHint": "ladder",
     "UsageError": "errors",
     "WorkloadAction": "messages",
     "WorkloadControlRequest": "messages",

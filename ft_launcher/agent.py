@@ -41,12 +41,16 @@ from ft_launcher.causes import (
     worst,
 )
 from ft_launcher.job_rendezvous import JobRendezvous
+from ft_launcher.ladder import NodeAttempt, named, step_of
 from ft_launcher.messages import (
+    CheckpointSaved,
     ControlRequested,
     FromMonitor,
     RankConnected,
     RankHung,
+    RankReported,
     RankUnkillable,
+    ResumedFrom,
     WorkloadAction,
 )
 from ft_launcher.monitors import CHECK_SECONDS, MonitorsFailedError, RankMonitors
@@ -131,6 +135,7 @@ class FtAgent(LocalElasticAgent):
         self._ranks: dict[int, processes.Process] = {}
         self._hangs: dict[int, RankHung] = {}
         self._abandoned: set[int] = set()
+        self._attempt = NodeAttempt()
         self._oom_kills = 0
         self._host = socket.gethostname()
 
@@ -173,6 +178,7 @@ class FtAgent(LocalElasticAgent):
         started_at = time.monotonic()
         self._oom_kills = procfs.oom_kill_count() or 0
         self._hangs.clear()
+        self._attempt = NodeAttempt()
         self.has_started = True
         self.causes = {}
         self._settled = None
@@ -207,6 +213,11 @@ class FtAgent(LocalElasticAgent):
         is_cut_off = isinstance(directive, Stop) and directive.reason.kind == "host_lost"
         # The others may start anew without this node, and must find none of its workers at work.
         self._stop(signal.SIGTERM, min(self._graces.stop, FENCE_SECONDS) if is_cut_off else self._graces.stop)
+        # What the ranks have said up to their end.
+        self._hear(worker_group)
+        if self._job.assigned is not None:
+            steps = (progress.step for progress in self._monitors.progress().values())
+            self._job.attempt = self._attempt.told(self._job.assigned.memory.round, steps)
         super()._stop_workers(worker_group, *args, **kwargs)
 
     # -- waiting and judging --------------------------------------------------------------------------------------
@@ -255,6 +266,10 @@ class FtAgent(LocalElasticAgent):
                 self._record_hang(worker_group, local_rank, message)
             case RankUnkillable(pid=pid, state=state):
                 self._job.request(Unkillable(pid, state))
+            case RankReported(pid=pid, report=report):
+                worker = worker_group.workers[local_rank]
+                if pid == worker.id:
+                    self._note(worker.global_rank, report)
             case ControlRequested(action=action, description=description):
                 # Quoted, so that a rank cannot forge a line of ours.
                 logger.warning("%s asks: %s%s", who, action.name, f" ({description!r})" if description else "")
@@ -264,6 +279,19 @@ class FtAgent(LocalElasticAgent):
                     self._job.request(Excluded(description))
             case _:
                 pass
+
+    def _note(self, rank: int, report: ResumedFrom | CheckpointSaved) -> None:
+        checkpoint = report.checkpoint
+        match report:
+            case ResumedFrom():
+                if self._attempt.resume(rank, checkpoint):
+                    ladder = self._job.assigned.memory.ladder if self._job.assigned is not None else None
+                    step = step_of(ladder, checkpoint.path) if checkpoint.step is None else checkpoint.step
+                    logger.info("resumed from %s", named(checkpoint.path, step))
+            case CheckpointSaved():
+                self._attempt.save(checkpoint)
+            case unreachable:
+                assert_never(unreachable)
 
     def _record_hang(self, worker_group: WorkerGroup, local_rank: int, message: RankHung) -> None:
         worker, spec = worker_group.workers[local_rank], worker_group.spec

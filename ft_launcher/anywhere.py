@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NoReturn
 
 from ft_launcher.messages import WorkloadControlRequest
@@ -41,6 +42,20 @@ class NoMonitorClient(RankMonitorClient):
         """Say no: nobody is there who could give notice."""
         return False
 
+    def resume_hint(self) -> None:
+        """Say that no checkpoint is suspect."""
+
+    def report_resume(self, path: "str | os.PathLike[str] | None", step: int | None = None) -> bool:  # noqa: ARG002
+        """Do nothing, and say so."""
+        return False
+
+    def report_checkpoint(self, path: "str | os.PathLike[str]", step: int | None) -> bool:  # noqa: ARG002
+        """Do nothing, and say so."""
+        return False
+
+    def report_step(self, step: int) -> None:
+        """Do nothing."""
+
     def exit_for_preemption(self) -> NoReturn:
         """Raise SystemExit with the code that it has under ft_launcher."""
         raise SystemExit(os.EX_TEMPFAIL)
@@ -57,6 +72,10 @@ class NoMonitorClient(RankMonitorClient):
     ) -> bool:
         """Do nothing, and say so."""
         return False
+
+    def process_group_timeout(self) -> timedelta | None:
+        """Give None: torch's default, which depends on the backend."""
+        return None
 
     def send_workload_control_request(self, req: WorkloadControlRequest) -> bool:  # noqa: ARG002
         """Do nothing, and say so."""

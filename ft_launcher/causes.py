@@ -12,9 +12,10 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import assert_never
 
-__all__ = ["Cause", "Excluded", "ExitCodes", "Exited", "HostLost", "Hung", "LauncherSignalled", "MonitorsFailed",
-           "NodeLost", "NotMonitored", "OutOfMemory", "Preempted", "Refused", "ShutDown", "Signalled", "Stopped",
-           "TooFewNodes", "Unkillable", "exit_code", "from_returncode", "sentence", "signal_name", "worst"]  # fmt: skip
+__all__ = ["Cause", "Excluded", "Exhausted", "ExitCodes", "Exited", "HostLost", "Hung", "LauncherSignalled",
+           "MonitorsFailed", "NodeLost", "NotMonitored", "OutOfMemory", "Preempted", "Refused", "ShutDown", "Signalled",
+           "Stopped", "TooFewNodes", "Unkillable", "exit_code", "from_returncode", "sentence", "signal_name",
+           "worst"]  # fmt: skip
 
 
 class Exited(Struct, frozen=True, tag=True):
@@ -82,6 +83,10 @@ class Refused(Struct, frozen=True, tag=True):
     description: str  # what two nodes were told differently, and what to change
 
 
+class Exhausted(Struct, frozen=True, tag=True):
+    description: str  # which checkpoints were tried, and how often
+
+
 class Preempted(Struct, frozen=True, tag=True):
     what: str  # the notice: "SIGTERM"; "": the ranks ended by themselves
     name: str = ""  # of the node that it came to
@@ -91,7 +96,7 @@ class Preempted(Struct, frozen=True, tag=True):
 
 Cause: TypeAlias = (
     Exited | Signalled | Hung | OutOfMemory | Stopped | Excluded | ShutDown | LauncherSignalled | MonitorsFailed
-    | NotMonitored | Unkillable | NodeLost | HostLost | TooFewNodes | Refused | Preempted
+    | NotMonitored | Unkillable | NodeLost | HostLost | TooFewNodes | Refused | Exhausted | Preempted
 )  # fmt: skip
 ExitCodes: TypeAlias = Literal["torchrun", "classified"]
 
@@ -155,7 +160,7 @@ def _words(cause: Cause) -> str:
             return f"node {name} was lost: {how}"
         case Preempted():
             return _preempted(cause)
-        case HostLost(description) | TooFewNodes(description) | Refused(description):
+        case HostLost(description) | TooFewNodes(description) | Refused(description) | Exhausted(description):
             return description
         case unreachable:
             assert_never(unreachable)
@@ -174,7 +179,7 @@ def exit_code(cause: Cause, style: ExitCodes = "torchrun") -> int:
             return _USAGE
         case Excluded() | MonitorsFailed() | Unkillable() | HostLost() | TooFewNodes():
             return _REQUEUE if style == "classified" else _FAILED
-        case ShutDown():
+        case ShutDown() | Exhausted():
             return _DO_NOT_RESTART if style == "classified" else _FAILED
         case Exited() | Signalled() | Hung() | OutOfMemory() | Stopped() | NotMonitored() | NodeLost():
             return _FAILED
@@ -191,7 +196,7 @@ def _order(cause: Cause) -> int:
     match cause:
         case (
             LauncherSignalled() | Excluded() | ShutDown() | MonitorsFailed() | NotMonitored() | Unkillable()
-            | NodeLost() | HostLost() | TooFewNodes() | Refused() | Preempted()
+            | NodeLost() | HostLost() | TooFewNodes() | Refused() | Exhausted() | Preempted()
         ):  # fmt: skip
             return 0  # these end the node; whatever its ranks did besides does not matter
         case Hung() | OutOfMemory():

@@ -19,6 +19,7 @@ from msgspec.structs import force_setattr
 from ft_launcher.config_file import SECTION, read_config_file, section_entries
 from ft_launcher.config_kinds import (
     Bool,
+    Count,
     FilePath,
     Given,
     Grace,
@@ -115,6 +116,11 @@ class FaultToleranceConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_o
         "any-failed: one failed node restarts all. min-healthy: the others run on while as many as the minimum of"
         " --nnodes run or have succeeded.",
     ] = "any-failed"
+    suspect_after: Annotated[
+        Count,
+        "After so many attempts from one checkpoint that failed before a step beyond it, tell the next one to use"
+        " another (resume_hint). null: never.",
+    ] = 3
     require_monitoring: Annotated[Switch, "Make it an error when no rank ever connects."] = False
     exit_codes: Annotated[
         Annotated[ExitCodes, one_of(ExitCodes)],

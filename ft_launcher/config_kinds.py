@@ -187,6 +187,12 @@ def _factor(text: str) -> float:
     return number
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1000):
+        raise ValueError(text)
+    return int(text)
+
+
 _KEEPS_RUNNING = {"SIGCHLD", "SIGCONT", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGWINCH"}
 
 
@@ -295,6 +301,7 @@ Interval = Annotated[float, _INTERVAL]
 Grace = Annotated[float, Kind(_seconds, "a duration (90, 90s, 5m, 1h)", "DURATION", _written_seconds)]
 Timeout = Annotated[float | None, _TIMEOUT]
 SectionTimeouts = Annotated[dict[str, float | None], _TIMEOUTS]
+Count = Annotated[int | None, or_null(Kind(_count, "a whole number from 1 to 1000", "COUNT"))]
 Number = Annotated[float, Kind(_factor, "a number from 1 to 1000", "NUMBER", repr)]
 Signal = Annotated[
     signal.Signals,

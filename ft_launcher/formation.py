@@ -41,6 +41,7 @@ class Settings(Struct, frozen=True):
     expected: int | None = None  # nodes that the scheduler will start, where it says so
     endpoints: int = 1  # how many places the nodes know to meet at
     endpoint: int = 0  # at which of them this host is
+    suspect_after: int | None = 3  # failures in a row make a checkpoint suspect; None: never
 
 
 class Gathering(Struct, frozen=True):

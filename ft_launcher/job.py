@@ -158,6 +158,7 @@ def _open_rendezvous(config: LaunchConfig, ft: FaultToleranceConfig, options: Jo
         role=config.role,
         restart_policy=ft.restart_policy,
         max_restarts=config.max_restarts,
+        suspect_after=ft.suspect_after,
         use_infra_group_rank=ft.use_infra_group_rank,
         token=options.token,
         placement_path=options.placement_path,

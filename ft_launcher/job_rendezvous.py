@@ -4,6 +4,7 @@ Here is also the job whose leader is in this very process: one node alone, or on
 know of no leader.
 """
 
+import logging
 import os
 import time
 import uuid
@@ -25,6 +26,7 @@ from torch.distributed.elastic.rendezvous.api import (
 from ft_launcher.addresses import LOOPBACK, listen
 from ft_launcher.causes import Cause
 from ft_launcher.formation import Settings
+from ft_launcher.ladder import HINT_ENV, Attempt, hint_of
 from ft_launcher.policy import NodeState
 from ft_launcher.records import (
     Assigned,
@@ -51,6 +53,8 @@ from ft_launcher.worker_store import WorkerStore
 
 __all__ = ["BOUNDED_RESOLVER", "Directive", "ForeignRendezvous", "JobRendezvous", "LoneNodeRendezvous", "seconds_until"]
 
+logger = logging.getLogger(__name__)
+
 BOUNDED_RESOLVER = "timeout:1 attempts:1"
 """The C library's options for the launcher of several nodes, unless the user has chosen; not for its workers."""
 
@@ -70,6 +74,8 @@ class JobRendezvous(RendezvousHandler):
         """The notice that the ranks of this round are to heed."""
         self.save_at: SaveAt | None = None
         """And where they are to save for it."""
+        self.attempt: Attempt | None = None
+        """What the ranks of the last round have said about checkpoints: told with the next Ready."""
         self.on_lease: Callable[[float], None] = lambda _: None
         """Called, from any thread, with the instant up to which the workers may go on."""
 
@@ -123,11 +129,13 @@ class JobRendezvous(RendezvousHandler):
         assigned = self.assigned
         environment = {"RES_OPTIONS": ""} if os.environ.get("RES_OPTIONS") == BOUNDED_RESOLVER else {}
         if assigned is not None:
+            hint = hint_of(assigned.memory.ladder)
             environment |= {
                 "FT_CYCLE": str(assigned.memory.round),
                 "FT_RESTART_COUNT_GLOBAL": str(assigned.memory.restarts),
                 "FT_RESTART_REASON": str(assigned.reason),
                 "FT_PREV_WORLD_SIZE": str(assigned.prev_world_size),
+                HINT_ENV: "" if hint is None else msgspec.json.encode(hint).decode(),
             }
         return environment
 
@@ -177,11 +185,15 @@ class _OwnLeader(JobRendezvous):
     def _tell(self, event: Event) -> None:
         now = time.monotonic()
         self._job.apply(event, now)
-        for _, message in self._job.decide(now):
+        mail = self._job.decide(now)
+        for warning in self._job.warnings:
+            logger.warning(warning)
+        self._job.warnings.clear()
+        for _, message in mail:
             match message:
                 case Assigned():
                     self.assigned, self._directive = message, None
-                    self.prepare = self.save_at = None
+                    self.prepare = self.save_at = self.attempt = None
                 case Waiting():
                     pass
                 case Prepare():
@@ -194,7 +206,7 @@ class _OwnLeader(JobRendezvous):
                     self._directive = message
 
     def _become_ready(self, store_port: int) -> Assigned:
-        self._tell(Ready(self._node.id, store_port))
+        self._tell(Ready(self._node.id, store_port, self.attempt))
         if self._directive is not None or self.assigned is None:
             raise RendezvousGracefulExitError("the job is over")
         return self.assigned
@@ -261,7 +273,8 @@ class LoneNodeRendezvous(_OwnLeader):
 class ForeignRendezvous(_OwnLeader):
     """Another handler of torch's (etcd, a plug-in), with a fresh store for the workers in each round.
 
-    It knows its own way of membership, and the budget of restarts is this node's, as in torchrun.
+    It knows its own way of membership, and the budget of restarts is this node's, as in torchrun. So is what is known
+    of checkpoints: the ranks of other nodes may be told something else.
     """
 
     numbers_ranks = False

@@ -11,11 +11,13 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from ft_launcher.ladder import Checkpoint
 from ft_launcher.watch import Limits
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
     "PROTOCOL",
+    "CheckpointSaved",
     "ControlRequested",
     "FromLauncher",
     "FromMonitor",
@@ -29,11 +31,13 @@ __all__ = [
     "RankConnected",
     "RankEnded",
     "RankHung",
+    "RankReported",
     "RankStarted",
     "RankUnkillable",
     "Ready",
     "Refused",
     "RequestAcknowledged",
+    "ResumedFrom",
     "SaveStepKnown",
     "Speaker",
     "SpeakerChanged",
@@ -48,7 +52,7 @@ __all__ = [
     "encode",
 ]
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised by one with every change that an older peer would misunderstand; peers with another one are refused."""
 
 MAX_MESSAGE_BYTES = 32768
@@ -108,6 +112,20 @@ class ControlRequested(Struct, frozen=True, tag="control"):
     number: int
     action: WorkloadAction
     description: Text | None = None
+
+
+class ResumedFrom(Struct, frozen=True, tag="resumed"):
+    """`report_resume`: the rank goes on from this checkpoint. Answered like ControlRequested."""
+
+    number: int
+    checkpoint: Checkpoint
+
+
+class CheckpointSaved(Struct, frozen=True, tag="saved"):
+    """`report_checkpoint`: it stands there now, or (step None) no more. Answered like ControlRequested."""
+
+    number: int
+    checkpoint: Checkpoint
 
 
 class Welcome(Struct, frozen=True, tag="welcome"):
@@ -211,6 +229,13 @@ class RankHung(Struct, frozen=True, tag="hung"):
     stacks_path: str
 
 
+class RankReported(Struct, frozen=True, tag="reported"):
+    """What the rank `pid` said about checkpoints. The launcher must not take it for what the next process says."""
+
+    pid: int
+    report: ResumedFrom | CheckpointSaved
+
+
 class RankUnkillable(Struct, frozen=True, tag="unkillable"):
     """Still there after SIGKILL and a wait: uninterruptible sleep, usually a wedged driver."""
 
@@ -218,10 +243,12 @@ class RankUnkillable(Struct, frozen=True, tag="unkillable"):
     state: str
 
 
-FromRank = Hello | LimitsSet | ControlRequested
+FromRank = Hello | LimitsSet | ControlRequested | ResumedFrom | CheckpointSaved
 ToRank = Welcome | RequestAcknowledged | SaveStepKnown | Refused
 FromLauncher = MonitorSettings | RankStarted | RankEnded | JobConnected | SaveStepKnown
-FromMonitor = Ready | SpeakerChanged | LimitsChanged | RankConnected | RankHung | RankUnkillable | ControlRequested
+FromMonitor = (
+    Ready | SpeakerChanged | LimitsChanged | RankConnected | RankHung | RankReported | RankUnkillable | ControlRequested
+)
 
 encode = msgspec.msgpack.Encoder().encode
 

@@ -227,6 +227,8 @@ class RankMonitors:
         for monitor in self._monitors:
             rank, monitor.rank = monitor.rank, None
             if rank is not None:
+                # First: a rank that saves before it ends must not wait for a monitor that has forgotten it.
+                rank.page.stamps[Slot.STOPPED] = 1
                 monitor.tell(RankEnded(rank.pid))
                 monitor.progress = rank.page.progress()
                 rank.close()

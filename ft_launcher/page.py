@@ -1,10 +1,10 @@
 """The shared page through which a rank tells its monitor that it moves: monotonic stamps, and names for sections.
 
 One page (a memfd) per process of a rank. The rank alone writes it, but for `LOOKED`, its monitor's own sign of life
-towards the launcher, and `LEASE`, `NOTICE` and `SAVE_AT`, the launcher's. Every stamp is one aligned 8-byte store of
-`time.monotonic_ns()`, whose zero point all processes of a boot share; 0 means never. The slots behind the stamps are
-for preemption: numbers of notices, and steps plus 1, so that 0 means none. Nothing here blocks, and the page outlives
-its readers.
+towards the launcher, and `LEASE`, `NOTICE`, `SAVE_AT` and `STOPPED`, the launcher's. Every stamp is one aligned 8-byte
+store of `time.monotonic_ns()`, whose zero point all processes of a boot share; 0 means never. The slots behind the
+stamps are numbers of notices of preemption, and steps plus 1, so that 0 means none. Nothing here blocks, and the page
+outlives its readers.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ MAX_SECTIONS = 256
 """Different section names that one process of a rank may use: ten times what the largest known user has."""
 MAX_NAME_BYTES = 64
 
-_FIRST_SECTION = 16
+_FIRST_SECTION = 24  # behind the slots below, and a few more
 _NAMES_AT = 8 * (_FIRST_SECTION + MAX_SECTIONS)
 PAGE_BYTES = _NAMES_AT + MAX_SECTIONS * MAX_NAME_BYTES
 _NS = 1e-9
@@ -46,6 +46,8 @@ class Slot(IntEnum):
     SAVING_AT = 12  # and the step, plus 1
     SAVED = 13  # the number of the last notice that the rank has done with
     LEAVING = 14  # the rank ends for a notice
+    STEP = 15  # the last step that the rank has reported, plus 1
+    STOPPED = 16  # the launcher's: it is about to stop the rank, and nobody listens to it any more
 
 
 def create_page() -> int:
@@ -104,7 +106,8 @@ class StampPage:
     def copy_from(self, other: "StampPage") -> None:
         """Take over all that `other` says, but for what the monitor or an earlier program of the rank wrote here."""
         was_connected = self.stamps[Slot.CONNECTED]
-        of_others = {slot: self.stamps[slot] for slot in (Slot.LOOKED, Slot.LEASE, Slot.NOTICE, Slot.SAVE_AT)}
+        others = (Slot.LOOKED, Slot.LEASE, Slot.NOTICE, Slot.SAVE_AT, Slot.STOPPED)
+        of_others = {slot: self.stamps[slot] for slot in others}
         self._map[:] = other._map[:]  # noqa: SLF001 - another page
         for slot, value in of_others.items():
             self.stamps[slot] = value
@@ -142,9 +145,9 @@ class StampPage:
         """Give what the page says now; whatever a confused rank may have written there, this does not raise."""
         stamps = self.stamps
         count = min(max(stamps[Slot.SECTIONS], 0), MAX_SECTIONS)
-        opened = {
-            self._name(i): stamps[_FIRST_SECTION + i] * _NS for i in range(count) if stamps[_FIRST_SECTION + i] > 0
-        }
+        # Each stamp is read once: a section that is closed between two reads would be open since 0, and so be late.
+        since = stamps[_FIRST_SECTION : _FIRST_SECTION + count].tolist()
+        opened = {self._name(i): each * _NS for i, each in enumerate(since) if each > 0}
         return Stamps(
             heartbeat=_seconds(stamps[Slot.HEARTBEAT]),
             idle_since=_seconds(stamps[Slot.IDLE_SINCE]),
@@ -161,6 +164,7 @@ class StampPage:
         stamps = self.stamps
         return Progress(
             asked=stamps[Slot.ASKED] - 1,
+            step=max(stamps[Slot.STEP], stamps[Slot.ASKED]) - 1,
             saving=stamps[Slot.SAVING],
             saving_at=stamps[Slot.SAVING_AT] - 1,
             saved=stamps[Slot.SAVED],

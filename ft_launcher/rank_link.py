@@ -16,12 +16,14 @@ from ft_launcher.errors import RankMonitorClientError
 from ft_launcher.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL,
+    CheckpointSaved,
     ControlRequested,
     Hello,
     LimitsSet,
     ProtocolError,
     Refused,
     RequestAcknowledged,
+    ResumedFrom,
     ToRank,
     Welcome,
     decode_to_rank,
@@ -63,7 +65,7 @@ class RankLink:
         """
         return self._persist(self._greet_once, within)
 
-    def ask(self, question: LimitsSet | ControlRequested, within: float) -> None:
+    def ask(self, question: LimitsSet | ControlRequested | ResumedFrom | CheckpointSaved, within: float) -> None:
         """Send `question`, and repeat it on a new connection until it has been acknowledged.
 
         Raises MonitorGoneError when that took longer than `within` seconds.

@@ -6,14 +6,16 @@ does. All the rest goes over a Unix socket, with a limit on every wait.
 
 import faulthandler
 import logging
+import operator
 import os
 import signal
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import msgspec
@@ -21,13 +23,14 @@ import msgspec
 from ft_launcher import agreement, procfs, timeouts
 from ft_launcher.config import FaultToleranceConfig
 from ft_launcher.errors import RankMonitorClientError
-from ft_launcher.messages import ControlRequested, LimitsSet, WorkloadControlRequest
+from ft_launcher.ladder import HINT_ENV, MAX_PATH_BYTES, Checkpoint, ResumeHint
+from ft_launcher.messages import CheckpointSaved, ControlRequested, LimitsSet, ResumedFrom, WorkloadControlRequest
 from ft_launcher.page import Slot, StampPage
 from ft_launcher.rank_link import Greeting, MonitorGoneError, RankLink
 from ft_launcher.rank_notice import UNCONNECTED, Answers
 from ft_launcher.timeouts import HeartbeatTimeouts, Observed, SectionTimeouts
 
-__all__ = ["SOCKET_ENV", "RankInfo", "RankMonitorClient"]
+__all__ = ["SOCKET_ENV", "RankInfo", "RankMonitorClient", "checkpoint_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ _HEARTBEAT = int(Slot.HEARTBEAT)
 _IDLE_SINCE = int(Slot.IDLE_SINCE)
 _ASKED = int(Slot.ASKED)
 _NOTICE = int(Slot.NOTICE)
+_STEP = int(Slot.STEP)
 _monotonic_ns = time.monotonic_ns
 _NS = 1e-9
 
@@ -65,8 +69,8 @@ class RankMonitorClient:
     """The connection of one rank to its rank monitor.
 
     Thread-safe. In a forked child it stays silent: a child never speaks for its parent. Methods other than
-    `send_workload_control_request`, `state_dict` and `load_state_dict` need `init_workload_monitoring()` first and
-    raise RankMonitorClientError without it.
+    `send_workload_control_request`, `resume_hint`, `report_resume`, `report_checkpoint`, `state_dict` and
+    `load_state_dict` need `init_workload_monitoring()` first and raise RankMonitorClientError without it.
     """
 
     def __init__(self) -> None:
@@ -279,6 +283,59 @@ class RankMonitorClient:
             return False
         return self.should_checkpoint(step)
 
+    # -- checkpoints (ladder.py) ------------------------------------------------------------------------------------
+
+    def resume_hint(self) -> ResumeHint | None:
+        """Give from which checkpoint to go on, the same on all ranks; None: no one is suspect, so go on as ever."""
+        text = os.environ.get(HINT_ENV)
+        try:
+            return msgspec.json.decode(text, type=ResumeHint) if text else None
+        except msgspec.MsgspecError as error:
+            raise RankMonitorClientError(f"{HINT_ENV} is not what the launcher put there: {error}") from None
+
+    def report_resume(self, path: "str | os.PathLike[str] | None", step: int | None = None) -> bool:
+        """Say, before it is loaded, from which checkpoint this attempt goes on; `path` None: from the beginning.
+
+        `step`: the checkpoint's; None: the one that it was reported with when it was saved. By all ranks, with the
+        same path, or by rank 0 alone. True once the launcher holds it, whatever then becomes of this process; False
+        when it is about to stop this rank, and, with an error in the log, when nobody answered within 10 s. Raises
+        RankMonitorClientError for a path or a step that cannot be one.
+        """
+        if path is None and step:
+            raise RankMonitorClientError(f"report_resume(None, {step}): without a checkpoint the step is 0")
+        checkpoint = Checkpoint(None, 0) if path is None else _checkpoint(path, step)
+        return self._report("from which checkpoint it goes on", lambda number: ResumedFrom(number, checkpoint))
+
+    def report_checkpoint(self, path: "str | os.PathLike[str]", step: int | None) -> bool:
+        """Say that a whole checkpoint stands at `path` now, and so is not suspect; `step` None: that it was removed.
+
+        By one rank, or by all with the same path. The rest as with `report_resume`.
+        """
+        checkpoint = _checkpoint(path, step)
+        return self._report("what it has saved", lambda number: CheckpointSaved(number, checkpoint))
+
+    def report_step(self, step: int) -> None:
+        """Say that this rank has come to `step`, 0 or more. Costs one store into the shared page."""
+        if not self.is_initialized:
+            self._check()
+        self._stamps[_STEP] = step + 1
+
+    def _report(self, what: str, report: Callable[[int], ResumedFrom | CheckpointSaved]) -> bool:
+        if self._is_forked:
+            logger.error("the launcher was not told %s: a forked child never speaks for its parent", what)
+            return False
+        if self._stamps[Slot.STOPPED]:
+            return False
+        with self._link_lock:
+            link = self._connection()
+            try:
+                link.ask(report(link.next_number()), ANSWER_SECONDS)
+            # Also where the monitor refuses this process: a training does not end for what it could not tell.
+            except (MonitorGoneError, RankMonitorClientError) as error:
+                logger.error("the launcher was not told %s: %s", what, error)  # noqa: TRY400 - a sentence for a person
+                return False
+            return True
+
     # -- timeouts from observation --------------------------------------------------------------------------------
 
     def calculate_and_set_hb_timeouts(self, skip_if_not_ready: bool = False) -> bool:
@@ -331,6 +388,20 @@ class RankMonitorClient:
         self._ever_observed = self._ever_observed.merged(agreed)
         self._send_limits()
         return True
+
+    def process_group_timeout(self) -> timedelta | None:
+        """Give the `timeout` for `init_process_group` with which a hang is found, and named, by the monitor first.
+
+        It is longer than every limit that counts from now on, and 10 minutes at least; the limits on the first sign of
+        life count until it is there. None, which is torch's default for the backend, where nothing is limited.
+        """
+        self._check()
+        limits = [self.hb_timeouts.subsequent, self.section_timeouts.out_of_section]
+        limits += self.section_timeouts.section.values()
+        if not self._stamps[_HEARTBEAT] and not self._page.slots:
+            limits += [self._config.rank_startup_timeout, self.hb_timeouts.initial]
+        seconds = timeouts.for_process_group(limits, self._config.rank_termination_grace)
+        return None if seconds is None else timedelta(seconds=seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the timeouts in force, and what they were calculated from, as plain dicts for a checkpoint."""
@@ -511,6 +582,25 @@ class RankMonitorClient:
             faulthandler.unregister(STACK_SIGNAL)
             _close(self._stacks_fd)
             self._stacks_fd = None
+
+
+def checkpoint_path(path: "str | os.PathLike[str]") -> str:
+    """Give the text by which a checkpoint is known: an absolute path, links not followed, or a URL as it is."""
+    text = os.fspath(path)
+    return text if "://" in text else os.path.abspath(text)  # noqa: PTH100 (Path.absolute leaves ".." in it)
+
+
+def _checkpoint(path: "str | os.PathLike[str]", step: int | None) -> Checkpoint:
+    text = checkpoint_path(path)
+    # What is not printable has no place in a log line, and a lone surrogate none in UTF-8 either.
+    if not text.isprintable() or len(text.encode()) > MAX_PATH_BYTES:
+        raise RankMonitorClientError(
+            f"checkpoint {text[:80]!r}: the path must be printable, and have {MAX_PATH_BYTES} bytes at most"
+        )
+    number = None if step is None else operator.index(step)  # numpy and torch have integers of their own
+    if number is not None and not 0 <= number < 2**63:
+        raise RankMonitorClientError(f"checkpoint {text}: step {step} must be 0 or more")
+    return Checkpoint(text, number)
 
 
 def _close(descriptor: int) -> None:

@@ -19,6 +19,7 @@ from ft_launcher.leftovers import prune_empty, remove_run_dir
 from ft_launcher.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL,
+    CheckpointSaved,
     ControlRequested,
     FromMonitor,
     Hello,
@@ -30,11 +31,13 @@ from ft_launcher.messages import (
     RankConnected,
     RankEnded,
     RankHung,
+    RankReported,
     RankStarted,
     RankUnkillable,
     Ready,
     Refused,
     RequestAcknowledged,
+    ResumedFrom,
     SaveStepKnown,
     Speaker,
     SpeakerChanged,
@@ -356,7 +359,9 @@ class RankMonitor:
         # Not connected, as its monitor was replaced: it will be, and until it shuts down nobody takes its place.
         return rank.evidence.speaker_pid() not in (None, pid) and rank.page.read().teardown is None
 
-    def _heed(self, connection: _Connection, message: LimitsSet | ControlRequested) -> None:
+    def _heed(
+        self, connection: _Connection, message: LimitsSet | ControlRequested | ResumedFrom | CheckpointSaved
+    ) -> None:
         rank = self._rank
         if rank is None:  # pragma: no cover - connections are dropped with their rank
             return
@@ -373,6 +378,8 @@ class RankMonitor:
                 told = self._tell_launcher(LimitsChanged(rank.pid, rank.limits))
             case ControlRequested():
                 told = self._tell_launcher(message)
+            case ResumedFrom() | CheckpointSaved():
+                told = self._tell_launcher(RankReported(rank.pid, message))
         if told:
             # Only now: the rank may exit on our answer, and the launcher must hold what it said by then.
             self._answer(connection, RequestAcknowledged(message.number))

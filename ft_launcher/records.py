@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ft_launcher.causes import Cause
+from ft_launcher.ladder import Attempt, Ladder
 from ft_launcher.policy import NodeState
 
 __all__ = [
@@ -41,7 +42,7 @@ __all__ = [
     "encode",
 ]
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised by one with every change that an older launcher would misunderstand; nodes with another one are refused."""
 
 Text = Annotated[str, Meta(max_length=4096)]
@@ -103,7 +104,7 @@ class Reason(Struct, frozen=True):
         return f"{self.kind}: {self.sentence}" if self.kind else ""
 
 
-class Memory(Struct, frozen=True):
+class Memory(Struct, frozen=True, omit_defaults=True):
     """What every node remembers of the job, so that it can go on when its host is lost."""
 
     epoch: int = 0  # of the host that formed the round
@@ -113,6 +114,7 @@ class Memory(Struct, frozen=True):
     voters: int = 0  # that were there when it formed, spares too: half of them decide who goes on without whom
     world_size: int = 0  # its ranks
     excluded: tuple[tuple[str, str], ...] = ()  # ids and names of nodes
+    ladder: Ladder | None = None  # what is known of checkpoints; None: nobody has reported one
 
 
 # -- events: a node writes them, the leader reads them ------------------------------------------------------------
@@ -126,11 +128,12 @@ class Joined(Struct, frozen=True, tag=True):
     group_rank: int | None = None  # in the round of the memory; None: it was a spare there
 
 
-class Ready(Struct, frozen=True, tag=True):
+class Ready(Struct, frozen=True, tag=True, omit_defaults=True):
     """No worker of this node runs; it can take part in the next round."""
 
     node: Name
     store_port: int  # at which it would open the workers' store
+    attempt: Attempt | None = None  # what its ranks said in the last round about checkpoints
 
 
 class Reported(Struct, frozen=True, tag=True):

@@ -97,6 +97,7 @@ class JobTerms(Struct, frozen=True, kw_only=True):
     role: str = "default"
     restart_policy: str = "any-failed"
     max_restarts: int = 0
+    suspect_after: int | None = 3
     use_infra_group_rank: bool = True
     token: bytes | None = None
     placement_path: str = ""
@@ -115,7 +116,7 @@ def open_rendezvous(
         endpoints = parse_endpoints(parameters.endpoint)
         if parameters.max_nodes == 1 and (static or endpoints[0].port == 0):
             host = parameters.local_addr or (endpoints[0].host if static else LOOPBACK)
-            settings = Settings(node.terms)
+            settings = Settings(node.terms, suspect_after=terms.suspect_after)
             return LoneNodeRendezvous(parameters.run_id, backend, node, settings, host, endpoints[0].port * static)
         if endpoints[0].port == 0:
             raise UsageError(f"--rdzv-endpoint {parameters.endpoint}: several nodes need a port that they all know")
@@ -123,7 +124,7 @@ def open_rendezvous(
     host, _ = parse_rendezvous_endpoint(parameters.endpoint, default_port=0)
     inner: RendezvousHandler = get_rendezvous_handler(parameters)
     alone = msgspec.structs.replace(node.terms, min_nodes=1, max_nodes=1)
-    return ForeignRendezvous(inner, node, Settings(alone), parameters.local_addr)
+    return ForeignRendezvous(inner, node, Settings(alone, suspect_after=terms.suspect_after), parameters.local_addr)
 
 
 def _node(parameters: RendezvousParameters, terms: JobTerms, environ: Mapping[str, str], node_rank: int | None) -> Node:
@@ -190,6 +191,7 @@ def _of_nodes(
         upscaling=parameters.get_as_bool("upscaling_enabled", True) is not False,
         expected=min(int(expected), parameters.max_nodes) if expected.isdigit() and int(expected) > 1 else None,
         endpoints=len(endpoints),
+        suspect_after=terms.suspect_after,
     )
     is_host = parameters.get_as_bool("is_host")
     if static and is_host is None:
@@ -265,7 +267,7 @@ class NodesRendezvous(JobRendezvous):
         self._memory, self._group_rank = assigned.memory, assigned.group_rank
         if assigned.group_rank == 0:
             self._store = WorkerStore(assigned.store_address, listener)
-        self.prepare = self.save_at = None
+        self.prepare = self.save_at = self.attempt = None
         unheeded, self._unheeded = self._unheeded, []
         for news in unheeded:
             self._heed(news)
@@ -376,7 +378,7 @@ class NodesRendezvous(JobRendezvous):
 
     def _await_place(self, attended: Attended, store_port: int) -> Assigned | None:
         """Wait for the next round; None when the host was lost meanwhile."""
-        link, ready = attended.link, Ready(attended.node.id, store_port)
+        link, ready = attended.link, Ready(attended.node.id, store_port, self.attempt)
         if isinstance(self._directive, Stop):
             link.say_ready(ready, self._directive.round)
         else:

@@ -13,6 +13,7 @@ from ft_launcher import ranks
 from ft_launcher.causes import (
     Cause,
     Excluded,
+    Exhausted,
     HostLost,
     NodeLost,
     Refused,
@@ -30,6 +31,7 @@ from ft_launcher.formation import (
     terms_conflict,
 )
 from ft_launcher.incident import Incident
+from ft_launcher.ladder import Attempt, advance
 from ft_launcher.placing import Placement, place
 from ft_launcher.policy import NodeState, Verdict, any_failed, min_healthy
 from ft_launcher.preempting import Preemption
@@ -85,6 +87,7 @@ class Job:
         self.warnings: list[str] = []
         self._incident = Incident()
         self._preemption = Preemption()
+        self._attempts: dict[str, Attempt] = {}  # at the last round, as its nodes have told of it
         self._members: dict[str, _Member] = {}
         self._by_rank: dict[int, str] = {}  # ids of live nodes by the rank that the infrastructure gave them
         self._by_place: dict[tuple[tuple[int, int], int], str] = {}  # ids by last round and group rank there
@@ -109,8 +112,8 @@ class Job:
         match event:
             case Joined(node, memory, group_rank):
                 self._join(node, now, memory, group_rank)
-            case Ready(node, store_port):
-                self._become_ready(node, store_port, now)
+            case Ready():
+                self._become_ready(event, now)
             case Reported():
                 self._report(event)
             case Requested(node, round_, cause):
@@ -206,15 +209,17 @@ class Job:
         self._gone.add(node.id)
         self._mail.append((node.id, Leave(cause)))
 
-    def _become_ready(self, node_id: str, store_port: int, now: float) -> None:
-        member = self._members.get(node_id)
+    def _become_ready(self, event: Ready, now: float) -> None:
+        node_id, member = event.node, self._members.get(event.node)
         if member is None or member.store_port is not None:
             return
         if self._running and self._states.get(node_id) is NodeState.HEALTHY:
             # It stopped its workers for a reason of its own: it was cut off, or frozen, for a while.
             self._fail(node_id, NodeState.GONE, NodeLost(member.node.name, "it lost contact and stopped its workers"))
-        member.store_port = store_port
+        member.store_port = event.store_port
         self._ready += 1
+        if event.attempt is not None and event.attempt.round == self.memory.round:
+            self._attempts[node_id] = event.attempt
         self._untold.append(node_id)
         if self._enough_since is None and self._ready >= self.settings.terms.min_nodes:
             self._enough_since = now
@@ -343,6 +348,8 @@ class Job:
         """Too many nodes of the last round are out of reach: they may go on elsewhere, so nobody goes on here."""
         if self._running or self.outcome is not None or self.memory.round < 0 or self.rebuilt:
             return False
+        if self.settings.endpoints == 1:
+            return False  # there is no elsewhere, and this is asked for often
         old = sum(map(self._was_there, self._members.values()))
         return old < quorum(self.memory.voters, rebuilt=False, endpoints=self.settings.endpoints) - self._departed
 
@@ -469,6 +476,9 @@ class Job:
 
     def _form(self, now: float) -> None:
         terms = self.settings.terms
+        self._climb()
+        if self.outcome is not None:
+            return
         if self._incident.is_owed:
             if self.memory.restarts >= terms.max_restarts:
                 self._end(TooFewNodes(f"{self.reason.sentence}, and all restarts of --max-restarts are used"), "")
@@ -503,6 +513,18 @@ class Job:
         self._running = True
         self._round_since = now
         self._heed_notice(now)
+
+    def _climb(self) -> None:
+        """Take note of how the last round fared with its checkpoint; end the job when none is left to go on from."""
+        attempts, self._attempts = list(self._attempts.values()), {}
+        has_failed = self.reason.kind in ("rank_failed", "rank_hung")
+        suspect_after = self.settings.suspect_after
+        climbed = advance(self.memory.ladder, attempts, has_failed=has_failed, suspect_after=suspect_after)
+        self.memory = structs.replace(self.memory, ladder=climbed.ladder)
+        if climbed.warning:
+            self.warnings.append(climbed.warning)
+        if climbed.exhausted:
+            self._end(Exhausted(climbed.exhausted), "")
 
     def _tell_places(self, ready: dict[str, _Member], prev_world_size: int) -> None:
         placement, this_round = self.placement, (self.memory.epoch, self.memory.round)

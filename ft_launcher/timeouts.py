@@ -1,6 +1,6 @@
 """Timeouts from what was observed: the largest intervals seen, times a safety factor, smoothed over runs."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -12,11 +12,20 @@ __all__ = [
     "SectionTimeouts",
     "calculated_heartbeats",
     "calculated_sections",
+    "for_process_group",
     "from_state",
     "next_timeout",
     "with_calculated_heartbeats",
     "with_calculated_sections",
 ]
+
+
+PROCESS_GROUP_MARGIN = 60.0
+"""Seconds by which a process group outlasts the longest limit: a monitor that was stopped is replaced within 9 s, and a
+rank gets the time back for which its machine stood still."""
+
+PROCESS_GROUP_AT_LEAST = 600.0
+"""NCCL's own default in torch 2.13: no wait that it lets live is cut short for limits that do not cover it."""
 
 
 class HeartbeatTimeouts(Struct, frozen=True, kw_only=True):
@@ -144,6 +153,16 @@ def calculated_sections(
         calculated_sections=current.calculated_sections | frozenset(names),
         is_out_of_section_calculated=current.is_out_of_section_calculated or seen.out_of_section is not None,
     )
+
+
+def for_process_group(limits: Iterable[float | None], termination_grace: float) -> float | None:
+    """Give the timeout of a process group, in seconds, whose ranks have these limits (None: never).
+
+    All limits pass before it, and who is killed for one of them has had its grace: a hang is found by its monitor,
+    and the group's timeout is left for what no limit covers. None when nothing is limited: torch's default is as good.
+    """
+    longest = largest(*limits)
+    return None if longest is None else max(longest + termination_grace + PROCESS_GROUP_MARGIN, PROCESS_GROUP_AT_LEAST)
 
 
 def with_calculated_heartbeats(current: HeartbeatTimeouts, loaded: HeartbeatTimeouts) -> HeartbeatTimeouts:

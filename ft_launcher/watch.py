@@ -53,6 +53,7 @@ class Progress(Struct, frozen=True, kw_only=True):
     """What a rank's page says about steps, and notices of preemption by their numbers."""
 
     asked: int = -1  # the step that it asked about last; -1: it has never asked
+    step: int = -1  # the last step that is known of it, from this or another report; -1: none
     saving: int = 0  # the last notice for which it was told to save
     saving_at: int = -1  # and the step
     saved: int = 0  # the last notice that it has done with: it has gone on since

@@ -13,17 +13,34 @@ from transformers.trainer_callback import TrainerCallback
 from ft_launcher import NoMonitorClient, RankMonitorClient, connect
 from ft_launcher.integrations import progress
 from ft_launcher.integrations.progress import Heartbeats, Sections, Seen, StateFile
+from ft_launcher.rank_monitor_client import SOCKET_ENV, checkpoint_path
 
 __all__ = ["FaultToleranceCallback", "last_checkpoint"]
+
+logger = logging.getLogger("ft_launcher.FaultToleranceCallback")
 
 COMPLETE = "ft_complete"
 """A file in a checkpoint that all ranks have written. The Trainer writes in place, and a kill leaves half of one."""
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Give the newest complete checkpoint of a Trainer with the callback, for `resume_from_checkpoint`, or None."""
+    """Give the newest complete checkpoint of a Trainer with the callback, for `resume_from_checkpoint`, or None.
+
+    One that the launcher takes for suspect is left out. It learns which one is given, before the Trainer reads it.
+    """
     complete = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}")]
-    return max(map(str, complete), key=lambda path: int(path.rpartition("-")[2]), default=None)
+    client = RankMonitorClient()
+    hint = client.resume_hint()
+    suspects = hint.suspects if hint is not None else ()
+    sound = [str(path) for path in complete if checkpoint_path(path) not in suspects]
+    newest = max(sound, key=_step_of, default=None)
+    if os.environ.get(SOCKET_ENV):
+        progress.tell(client.report_resume, newest, 0 if newest is None else _step_of(newest), logger)
+    return newest
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("-")[2])
 
 
 class FaultToleranceCallback(TrainerCallback):  # type: ignore[misc]  # its base has no type where it is not installed
@@ -121,6 +138,8 @@ class FaultToleranceCallback(TrainerCallback):  # type: ignore[misc]  # its base
         writes = state.is_local_process_zero if args.save_on_each_node else state.is_world_process_zero
         if writes and path.is_dir():
             (path / COMPLETE).touch()
+            if self._client.is_initialized:
+                progress.tell(self._client.report_checkpoint, path, state.global_step, self._logger)
         self._signs.leave()
         if self._is_leaving:
             if state.is_world_process_zero:

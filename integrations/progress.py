@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ __all__ = [
     "finish",
     "from_rank_0",
     "require_finished_flag",
+    "tell",
 ]
 
 FINISHED_FLAG_ENV = "FAULT_TOL_FINISHED_FLAG_FILE"
@@ -251,6 +252,14 @@ def from_rank_0(value: Any) -> Any:
     if not _is_alone():
         dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def tell(report: Callable[[Any, int | None], bool], path: Any, step: int | None, logger: logging.Logger) -> None:
+    """Call `report_resume` or `report_checkpoint` of a client; what is wrong with a path ends no training."""
+    try:
+        report(path, step)
+    except RankMonitorClientError as error:
+        logger.warning("%s; the launcher does not know of it", error)
 
 
 def require_finished_flag() -> None:

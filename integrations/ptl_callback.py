@@ -14,6 +14,7 @@ from ft_launcher import NoMonitorClient, RankMonitorClient, WorkloadAction, Work
 from ft_launcher.integrations import progress
 from ft_launcher.integrations.progress import Heartbeats, Sections, Seen, StateFile
 from ft_launcher.integrations.simulated_faults import SimulatedFaultParams, simulate
+from ft_launcher.rank_monitor_client import checkpoint_path
 
 __all__ = ["FaultToleranceCallback", "FaultToleranceSectionsCallback", "SimulatedFaultParams"]
 
@@ -29,18 +30,32 @@ SAVING = (("save_checkpoint",), ("strategy", "remove_checkpoint"), ("strategy", 
 """Public methods, as seen from a Trainer, that write or remove checkpoints. No hook tells the end of a save, and none
 its beginning when only weights are saved, so the callbacks put themselves around these while a run lasts."""
 
+LOADING = ("strategy", "load_checkpoint")
+"""The public method that reads the checkpoint of `ckpt_path`. No hook comes before it, and it may be what fails."""
+
 ExceptionPolicy = Callable[[BaseException], WorkloadControlRequest | None]
 
 
 class _Run:
     """The monitoring of one `fit`, `validate`, `test` or `predict`, from its setup to its end."""
 
-    def __init__(self, signs: Heartbeats | Sections, client: RankMonitorClient, learned: StateFile | None) -> None:
+    def __init__(
+        self,
+        signs: Heartbeats | Sections,
+        client: RankMonitorClient,
+        learned: StateFile | None,
+        logger: logging.Logger,
+        *,
+        is_fit: bool,
+    ) -> None:
+        self.is_fit = is_fit
+        self._logger = logger
         self.signs = signs
         self.client = client
         self.seen = Seen()
         self.is_training = False
         self._learned = learned
+        self._loaded: str | None = None
         self._wrapped: list[tuple[Any, str, Any]] = []
         self._at_end: list[Callable[[], None]] = []
 
@@ -49,16 +64,15 @@ class _Run:
         self.signs.enter("setup")
         if self._learned is not None:
             self._learned.load_into(self.client)
-        for *path, name in SAVING:
-            owner = trainer
-            for part in path:
-                owner = getattr(owner, part, None)
-            if callable(getattr(owner, name, None)):
-                self._wrap(owner, name)
         saver = getattr(trainer.strategy, "checkpoint_io", None)
+        kinds = {each.__name__ for each in type(saver).__mro__}
+        in_background = hasattr(saver, FINALIZE) or "AsyncCheckpointIO" in kinds
         if isinstance(self.signs, Sections):
-            kinds = {each.__name__ for each in type(saver).__mro__}
-            self.signs.saves_in_background = hasattr(saver, FINALIZE) or "AsyncCheckpointIO" in kinds
+            self.signs.saves_in_background = in_background
+        for path in SAVING:
+            self._wrap(trainer, path, lambda method, name: self._saving(trainer, method, name, in_background))
+        if self.is_fit:
+            self._wrap(trainer, LOADING, lambda method, _: self._loading(trainer, method))
 
     def learn(self) -> None:
         """Learn timeouts from what has been seen, if it is enough. A collective."""
@@ -79,20 +93,56 @@ class _Run:
             self.signs.leave()
             self.client.shutdown_workload_monitoring()
 
-    def _wrap(self, owner: Any, name: str) -> None:
-        method = getattr(owner, name)
+    def has_begun(self, trainer: Any) -> None:
+        """Say from where the training goes on, now that its step is known."""
+        step = trainer.global_step if self._loaded is not None else 0
+        progress.tell(self.client.report_resume, self._loaded, step, self._logger)
 
-        @wraps(method)
+    def _wrap(self, trainer: Any, path: tuple[str, ...], watch: Callable[[Callable[..., Any], str], Any]) -> None:
+        owner, name = trainer, path[-1]
+        for part in path[:-1]:
+            owner = getattr(owner, part, None)
+        method = getattr(owner, name, None)
+        if callable(method):
+            watched = wraps(method)(watch(method, name))
+            setattr(owner, name, watched)
+            self._wrapped.append((owner, name, watched))
+
+    def _saving(self, trainer: Any, method: Callable[..., Any], name: str, in_background: bool) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             with self.signs.during("checkpointing"):
                 result = method(*args, **kwargs)
+            if name != FINALIZE and trainer.is_global_zero and not in_background:
+                self._report(trainer, name, *args, **kwargs)
             if name == "save_checkpoint":
                 self.seen.saves += 1
                 self.learn()  # now, as the run may end right after it
             return result
 
-        setattr(owner, name, watched)
-        self._wrapped.append((owner, name, watched))
+        return watched
+
+    def _report(self, trainer: Any, name: str, filepath: Any, weights_only: Any = None, *_: Any, **__: Any) -> None:
+        if name == "save_checkpoint" and weights_only:
+            return  # no training can go on from it
+        step = trainer.global_step if name == "save_checkpoint" else None
+        progress.tell(self.client.report_checkpoint, filepath, step, self._logger)
+
+    def _loading(self, trainer: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:  # Lightning's name
+            if self._loaded is None:  # else some callback reads another one, for a purpose of its own
+                checkpoint_path = self._loaded = self._unless_suspect(trainer, str(checkpoint_path))
+                progress.tell(self.client.report_resume, checkpoint_path, None, self._logger)
+            return method(checkpoint_path, *args, **kwargs)
+
+        return watched
+
+    def _unless_suspect(self, trainer: Any, path: str) -> str:
+        hint = self.client.resume_hint()
+        if hint is None or hint.path is None or checkpoint_path(path) not in hint.suspects:
+            return path
+        if trainer.is_global_zero:
+            self._logger.warning("%s is suspect; loading %s instead", path, hint.path)
+        return hint.path
 
 
 def _for_packages(cls: type, packages: tuple[str, ...]) -> type:
@@ -152,7 +202,8 @@ class _Callback(_Either):  # type: ignore[misc]  # so that type checkers take it
             return
         try:
             learned = self._learned(trainer)
-            self._run = run = _Run(self._kind(client, learns=learned is not None), client, learned)
+            signs = self._kind(client, learns=learned is not None)
+            self._run = run = _Run(signs, client, learned, self._logger, is_fit=stage == "fit")
         except ValueError:
             client.shutdown_workload_monitoring()
             raise
@@ -238,6 +289,7 @@ class _Callback(_Either):  # type: ignore[misc]  # so that type checkers take it
             self._run.is_training = True
             # on_load_checkpoint is not called for a checkpoint without the state of any callback.
             self._run.seen.has_loaded |= trainer.ckpt_path is not None
+            self._run.has_begun(trainer)
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Open `step`."""

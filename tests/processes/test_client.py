@@ -375,6 +375,7 @@ def test_connect_gives_a_client_that_does_nothing_without_the_launcher():
         client.abort()
         assert client.calculate_and_set_hb_timeouts() is False
         assert client.calculate_and_set_section_timeouts(["step"]) is False
+        assert client.process_group_timeout() is None
         assert client.send_workload_control_request(WorkloadControlRequest(WorkloadAction.ShutdownWorkload)) is False
         client.load_state_dict(client.state_dict())
         client.shutdown_workload_monitoring()
@@ -382,6 +383,42 @@ def test_connect_gives_a_client_that_does_nothing_without_the_launcher():
 
 
 # -- timeouts ---------------------------------------------------------------------------------------------------------
+
+UNLIMITED = {"initial_rank_heartbeat_timeout": None, "rank_heartbeat_timeout": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [
+        ({"rank_section_timeouts": {"save": 900.0, "step": 9.0, "free": None}}, 900 + 5 + 60),
+        ({"rank_out_of_section_timeout": 1000.0, "rank_termination_grace": 9.0}, 1000 + 9 + 60),
+        ({"rank_heartbeat_timeout": 2000.0}, 2000 + 5 + 60),
+        ({"rank_startup_timeout": 2000.0}, 2000 + 5 + 60),
+        ({"rank_heartbeat_timeout": 3.0}, 600),
+        ({"rank_teardown_timeout": 9000.0}, None),
+    ],
+)
+def test_a_process_group_is_given_more_than_every_limit_but_that_of_the_teardown(watch, settings, seconds):
+    rank = watch(**UNLIMITED | settings).start_connected()
+    given = "(None if (timeout := client.process_group_timeout()) is None else timeout.total_seconds())"
+    assert rank.run(given) == seconds
+
+
+@pytest.mark.parametrize("sign", ["client.send_heartbeat()", "client.start_section('setup')"])
+def test_the_limit_on_the_first_sign_of_life_counts_for_a_process_group_until_it_is_there(watch, sign):
+    rank = watch(initial_rank_heartbeat_timeout=2000.0, rank_heartbeat_timeout=700.0).start_connected()
+    assert rank.run("client.process_group_timeout().total_seconds()") == 2000 + 5 + 60
+    rank.run(sign)
+    assert rank.run("client.process_group_timeout().total_seconds()") == 700 + 5 + 60
+
+
+def test_calculated_limits_count_for_a_process_group(watch):
+    rank = watch(**UNLIMITED).start_connected()
+    rank.run("client.load_state_dict(state(heartbeat=1234.0))")
+    assert rank.run("client.process_group_timeout().total_seconds()") == 1234 + 5 + 60
+    rank.run("client.shutdown_workload_monitoring()")
+    with pytest.raises(RankError, match="monitoring is off"):
+        rank.run("client.process_group_timeout()")
 
 
 def test_timeouts_loaded_from_a_checkpoint_are_in_force_from_the_start(watch):

@@ -43,6 +43,7 @@ class World:
         by_infrastructure: bool = False,
         upscaling: bool = True,
         expected: int | None = None,
+        suspect_after: int | None = 3,
     ) -> None:
         self.terms = Terms(min_nodes, max_nodes, policy, max_restarts)
         self.settings = Settings(
@@ -53,6 +54,7 @@ class World:
             expected=expected,
             endpoints=endpoints,
             endpoint=endpoint,
+            suspect_after=suspect_after,
         )
         self.now = 1000.0
         self.job = Job(self.settings, self.node("n0"), self.now, memory)

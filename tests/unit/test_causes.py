@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ft_launcher.causes import (
     Cause,
     Excluded,
+    Exhausted,
     Exited,
     HostLost,
     Hung,
@@ -53,6 +54,7 @@ CAUSES: st.SearchStrategy[Cause] = st.one_of(
     st.builds(HostLost, st.text(min_size=1)),
     st.builds(TooFewNodes, st.text(min_size=1)),
     st.builds(Refused, st.text(min_size=1)),
+    st.builds(Exhausted, st.text(min_size=1)),
 )
 
 
@@ -99,6 +101,7 @@ SENTENCES = [
     (HostLost("the host n1 was lost"), "the host n1 was lost"),
     (TooFewNodes("1 node is there"), "1 node is there"),
     (Refused("n1 has --nnodes 2, n2 3"), "n1 has --nnodes 2, n2 3"),
+    (Exhausted("no checkpoint is left"), "no checkpoint is left"),
     (Preempted(""), "preempted"),
     (Preempted("SIGTERM", "n1", 41), "preempted (SIGTERM at node n1): saved at step 41"),
     (Preempted("aws: terminate"), "preempted (aws: terminate)"),
@@ -179,6 +182,7 @@ def test_in_torchruns_style_every_failure_is_1(cause):
         (TooFewNodes(""), 75),
         (NodeLost("", ""), 1),
         (Refused(""), 2),
+        (Exhausted(""), 93),
         (Preempted("SIGTERM"), 75),
         (Preempted("SIGTERM", unsaved="rank 1"), 1),
         (Exited(0), 0),
@@ -236,6 +240,7 @@ def test_of_equals_the_first_in_time_is_the_root():
         HostLost(""),
         TooFewNodes(""),
         Refused(""),
+        Exhausted(""),
         Preempted("SIGTERM"),
     ],
 )

@@ -48,6 +48,7 @@ OUR_DEFAULTS = {
     "rank_teardown_timeout": 1800.0,
     "rank_termination_grace": 5.0,
     "restart_policy": "any-failed",
+    "suspect_after": 3,
     "require_monitoring": False,
     "exit_codes": "torchrun",
     "preemption_signals": None,
@@ -298,6 +299,7 @@ FIELDS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "preemption_signals": st.sampled_from([None, "off", "sigterm", "SIGUSR1,SIGTERM"]),
         "preemption_sources": st.sampled_from([None, "aws, gcp", "file:/run/preempt"]),
         "preemption_grace": TIMES,
+        "suspect_after": st.none() | st.integers(1, 1000),
         "safety_factor": st.floats(1, 1000),
         "exit_codes": st.sampled_from(["torchrun", "classified"]),
         "pci_topo_file": PRINTABLE.map(lambda name: f"/{name.strip()}"),
@@ -346,6 +348,11 @@ WRONG_LINES = {
     "F2_null_interval": ("workload_check_interval: null", f"{KEY}.workload_check_interval: null: {LIMIT}"),
     "F2_factor_below_1": ("safety_factor: 0.5", f"{KEY}.safety_factor: 0.5: must be a number from 1 to 1000"),
     "F2_factor_nan": ("safety_factor: nan", f"{KEY}.safety_factor: nan: must be a number from 1 to 1000"),
+    "F2_no_attempts": ("suspect_after: 0", f"{KEY}.suspect_after: 0: must be a whole number from 1 to 1000 or null"),
+    "F2_half_an_attempt": (
+        "suspect_after: 2.5",
+        f"{KEY}.suspect_after: 2.5: must be a whole number from 1 to 1000 or null",
+    ),
     "F3_unit": ("rank_heartbeat_timeout: 5 min", f"{KEY}.rank_heartbeat_timeout: 5 min: {TIMEOUT}"),
     "F4_yes_as_a_timeout": ("rank_heartbeat_timeout: yes", f"{KEY}.rank_heartbeat_timeout: yes: {TIMEOUT}"),
     "F4_list_as_a_timeout": (

@@ -9,14 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ft_launcher.ladder import Checkpoint
 from ft_launcher.messages import (
     MAX_MESSAGE_BYTES,
+    CheckpointSaved,
     ControlRequested,
     Hello,
     LimitsSet,
     ProtocolError,
     RankHung,
+    RankReported,
     RankStarted,
+    ResumedFrom,
     Welcome,
     WorkloadAction,
     decode_from_launcher,
@@ -45,7 +49,11 @@ DECODERS: list[Callable[[bytes], object]] = [
         ),
         (ControlRequested(7, WorkloadAction.ExcludeThisNode, "ECC error"), decode_from_rank),
         (RankStarted(42, 99, 1.5, "stacks.txt", None, Limits(heartbeat=2.0)), decode_from_launcher),
+        (ResumedFrom(8, Checkpoint(None, 0)), decode_from_rank),
+        (CheckpointSaved(9, Checkpoint("/c/30")), decode_from_rank),
         (RankHung(42, "no heartbeat", 1.5, "stacks.txt"), decode_from_monitor),
+        (RankReported(42, ResumedFrom(8, Checkpoint("/c/30", 30))), decode_from_monitor),
+        (RankReported(42, CheckpointSaved(8, Checkpoint("/c/30", 30))), decode_from_monitor),
     ],
 )
 def test_a_message_is_the_same_behind_the_wire(message, decode):
@@ -71,6 +79,9 @@ def test_the_configuration_goes_through_the_monitor_unread():
         encode({"type": "control", "number": 1, "action": "exclude_this_node", "description": "x" * 513}),
         encode({"type": "control", "number": 1, "action": "reboot"}),
         encode({"type": "limits", "initial": -1, "heartbeat": 1, "sections": {}, "out_of_section": None}),
+        encode({"type": "resumed", "number": 1, "checkpoint": {"path": "x" * 513, "step": 1}}),
+        encode({"type": "resumed", "number": 1, "checkpoint": {"path": "", "step": 1}}),
+        encode({"type": "saved", "number": 1, "checkpoint": {"path": "x", "step": -1}}),
         b"\xa4\xff\xff\xff\xff",
     ],
 )

@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 import time
 
 import pytest
@@ -81,6 +83,33 @@ def test_reading_survives_whatever_a_rank_wrote(seed, count):
         page.close()
 
 
+OPENS_AND_CLOSES = """
+import sys, time
+from ft_launcher.page import StampPage
+stamps, slot = StampPage(int(sys.argv[1])).stamps, int(sys.argv[2])
+while True:
+    stamps[slot] = time.monotonic_ns()
+    stamps[slot] = 0
+"""
+
+
+def test_a_section_that_is_closed_while_the_page_is_read_was_not_open_since_the_machine_started(pages):
+    writer, reader = pages
+    writer.begin()
+    begin = reader.read().connected
+    slot = writer.section_slot("step")
+    rank = subprocess.Popen([sys.executable, "-c", OPENS_AND_CLOSES, str(writer.fd), str(slot)], pass_fds=[writer.fd])
+    try:
+        seen: set[float] = set()
+        while len(seen) < 2000:
+            seen.update(reader.read().open_sections.values())
+            assert rank.poll() is None
+    finally:
+        rank.kill()
+        rank.wait()
+    assert min(seen) >= begin
+
+
 def test_R18_a_program_that_begins_anew_leaves_nothing_of_the_one_before(pages):
     writer, reader = pages
     writer.begin()
@@ -104,13 +133,13 @@ def test_what_a_page_said_moves_to_another_but_for_the_monitors_own_stamp(pages)
     private.stamps[Slot.LOOKED] = 1
     private.stamps[Slot.ASKED] = 42
     private.stamps[Slot.NOTICE] = -1
-    writer.stamps[Slot.LEASE] = 8
+    writer.stamps[Slot.LEASE], writer.stamps[Slot.STOPPED] = 8, 1
     writer.stamps[Slot.NOTICE], writer.stamps[Slot.SAVE_AT] = 3, 43
     writer.copy_from(private)
     private.close()
     assert reader.read().lease == pytest.approx(8e-9)
     assert reader.read().open_sections == {"step": pytest.approx(9.0)}
     assert reader.stamps[Slot.LOOKED] == 7
-    assert (reader.stamps[Slot.NOTICE], reader.stamps[Slot.SAVE_AT]) == (3, 43)
-    assert reader.progress() == Progress(asked=41)
-    assert writer.section_slot("step") == len(Slot) + 1
+    assert (reader.stamps[Slot.NOTICE], reader.stamps[Slot.SAVE_AT], reader.stamps[Slot.STOPPED]) == (3, 43, 1)
+    assert reader.progress() == Progress(asked=41, step=41)
+    assert reader.stamps[writer.section_slot("step")] == 9_000_000_000

@@ -13,6 +13,7 @@ from ft_launcher.timeouts import (
     SectionTimeouts,
     calculated_heartbeats,
     calculated_sections,
+    for_process_group,
     from_state,
     next_timeout,
     with_calculated_heartbeats,
@@ -51,6 +52,19 @@ def test_only_the_selected_sections_are_calculated():
     assert found.calculated_sections == {"step"}
     assert not found.were_calculated
     assert not found.are_valid
+
+
+@given(st.lists(st.none() | SPANS), SPANS)
+def test_a_process_group_outlasts_every_limit_and_the_grace_by_a_minute_and_waits_as_long_as_nccls(limits, grace):
+    timeout = for_process_group(limits, grace)
+    if set(limits) <= {None}:
+        assert timeout is None
+    else:
+        assert timeout is not None
+        over = [timeout - grace - limit for limit in limits if limit is not None]
+        assert min(over) >= 59.999  # floats
+        assert timeout == 600 or min(over) <= 60.001
+        assert timeout >= 600
 
 
 def test_the_state_survives_json():
