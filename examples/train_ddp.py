@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,7 +44,7 @@ def main() -> None:
     faults.before_connecting()
     monitoring = Monitoring(options.monitoring, learns=options.calculate_timeouts)
     with monitoring.phase("setup"):
-        device = join_process_group()
+        device = join_process_group(monitoring.process_group_timeout())
         training = Training(options, device)
         monitoring.use(training.resume())
     is_first = dist.get_rank() == 0
@@ -184,11 +185,15 @@ class Monitoring:
             self.learned = learned
             self._client.load_state_dict(learned)
 
+    def process_group_timeout(self) -> timedelta | None:
+        """With it a hang is found, and named, by the monitor, before a collective gives up."""
+        return self._client.process_group_timeout()
+
     def shutdown(self) -> None:
         self._client.shutdown_workload_monitoring()
 
 
-def join_process_group() -> torch.device:
+def join_process_group(timeout: timedelta | None) -> torch.device:
     """Join the other ranks: over NCCL when each rank of the node has a GPU of its own, else over gloo."""
     torch.set_num_threads(1)  # as torchrun does; and sums of floats depend on how they are split
     torch.use_deterministic_algorithms(True)
@@ -198,10 +203,10 @@ def join_process_group() -> torch.device:
     if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
     return device
 
 

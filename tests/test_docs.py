@@ -28,6 +28,7 @@ import pytest
 
 import ft_launcher
 from ft_launcher import RankMonitorClient
+from ft_launcher.checkpoint import CheckpointManager
 from ft_launcher.config import resolve
 from tests.conftest import Running, Sandbox
 
@@ -214,6 +215,17 @@ def test_the_reference_has_every_public_name():
         ]
         call = f"{name}({', '.join(parameters)})"
         missing += [call] if name[0] != "_" and call not in text else []
+    assert not missing
+
+
+def test_the_document_of_checkpoints_names_every_method_and_parameter():
+    text = (REPOSITORY / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    methods = inspect.getmembers(CheckpointManager, inspect.isfunction)
+    names = {name for name, _ in methods if name[0] != "_"}
+    for name, method in methods:
+        if name in names or name == "__init__":
+            names |= inspect.signature(method).parameters.keys()
+    missing = [name for name in sorted(names - {"self"}) if not re.search(rf"\b{name}\b", text)]
     assert not missing
 
 

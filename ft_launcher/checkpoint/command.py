@@ -95,8 +95,13 @@ def _verify(directory: Directory, entries: list[Entry], options: argparse.Namesp
 
 
 def _show(directory: Directory, entries: list[Entry], options: argparse.Namespace, console: Console) -> int:
-    found = {each.path: _found(each, "full") for each in entries}
-    entry = _resumed(entries, found) if options.step is None else entries[0]
+    found: dict[Path, list[str]] = {}
+    entry = entries[0] if options.step is not None else None
+    for each in newest_first(entries):
+        found[each.path] = _found(each, "full")
+        if not found[each.path]:
+            entry = each
+            break  # the others need not be read
     if entry is None:
         console.print(f"{directory.path}: nothing would be resumed")
         return 1
