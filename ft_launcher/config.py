@@ -215,6 +215,10 @@ class ConfigOptions(Struct, frozen=True, kw_only=True):
         " instead of it, the variable FT_TOKEN.",
     ] = None
     require_auth: Annotated[Switch, "Make it an error when several nodes have no secret."] = False
+    service: Annotated[
+        FilePath,
+        "Start the engines of this file (engines.yaml) before the workers on this node, and end them with the job.",
+    ] = None
     rdzv_impl: Annotated[
         Annotated[RdzvImpl | None, or_null(one_of(RdzvImpl))],
         "For command lines of nvidia-resiliency-ext, without effect.",
@@ -268,7 +272,9 @@ def add_flags(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> No
         takes |= {"action": "store_const", "const": "true"} if is_switch else {"metavar": field.kind.metavar}
         text = field.doc if is_switch else f"{field.doc} (default: {field.kind.write(field.default)})"
         parser.add_argument(_flag(name), help=text.replace("%", "%%"), **takes)
-        parser.add_argument(f"--ft_{name}", f"--ft-{name}", help=argparse.SUPPRESS, **takes)
+        others = dict.fromkeys([f"--ft_{name}", f"--ft-{name}"])
+        others.pop(_flag(name), None)  # a name of one word has two spellings only
+        parser.add_argument(*others, help=argparse.SUPPRESS, **takes)
 
 
 def read_options(*, environ: Mapping[str, str], flags: Mapping[str, Any]) -> ConfigOptions:

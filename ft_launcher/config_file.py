@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Modules are imported and patterns compiled where they are used: FaultToleranceConfig is loaded in every
 # rank, which reads no file, and this would be 1 MB of it.
 
-__all__ = ["SECTION", "read_config_file", "section_entries"]
+__all__ = ["SECTION", "document", "read_config_file", "section_entries"]
 
 SECTION = "fault_tolerance"
 _MAX_FILE_BYTES = 1 << 20
@@ -65,7 +65,7 @@ def _similar_file(path: Any) -> str:
 def section_entries(text: str, file_name: str) -> list[tuple[str, Given]]:
     """Give what the section of a file says, key by key. Raises UsageError."""
     file_name = _shown_path(file_name)
-    key, section = _section(_document(text, file_name), file_name)
+    key, section = _section(document(text, file_name), file_name)
     if section.id != "mapping":
         raise UsageError(f"{file_name}:{key.start_mark.line + 1}: {SECTION}: must be a mapping of settings")
     return list(unique(_entries(section, file_name, SECTION)).items())
@@ -120,7 +120,8 @@ def _similar_key(keys: dict[str, int]) -> str:
     return f"; is it {near[0]!r} at line {keys[near[0]]}?" if near else ""
 
 
-def _document(text: str, file_name: str) -> "yaml.Node | None":
+def document(text: str, file_name: str) -> "yaml.Node | None":
+    """Give the root of a YAML text, None for an empty one, with nothing built from it. Raises UsageError."""
     import yaml
 
     def at(line: int, column: int) -> str:

@@ -29,6 +29,7 @@ from ft_launcher.agent import FtAgent, Graces
 from ft_launcher.causes import LauncherSignalled, NotMonitored, Preempted, exit_code, sentence
 from ft_launcher.config import FaultToleranceConfig
 from ft_launcher.console import say
+from ft_launcher.engines.beside import engine_service
 from ft_launcher.errors import UsageError
 from ft_launcher.job_rendezvous import JobRendezvous
 from ft_launcher.leftovers import prune_empty
@@ -67,6 +68,8 @@ class JobOptions(Struct, frozen=True, kw_only=True):
     """With which nodes seal what they tell each other."""
     placement_path: str = ""
     """The file for the placement of each round, on the host; "": none."""
+    service: str = ""
+    """The file of the engines to run beside the workers of this node; "": none."""
 
 
 class JobFailedError(ChildFailedError):
@@ -106,6 +109,8 @@ def launch(
             with signals.held():
                 monitors = stack.enter_context(RankMonitors(config.nproc_per_node, ft, options.own_log_dir, os.environ))
             rendezvous.on_lease = monitors.extend_lease
+            if options.service:
+                stack.enter_context(engine_service(options.service))
             # Torch's own rendezvous, and functions, must be asked for news; from all else there are events.
             has_events = rendezvous.numbers_ranks and isinstance(entrypoint, str)
             agent = FtAgent(

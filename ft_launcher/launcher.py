@@ -139,6 +139,7 @@ def _run(argv: list[str]) -> int:
         node_rank=arguments.node_rank,
         token=token,
         placement_path=placement_path,
+        service=options.service or "",
     )
     return launch(launch_config, entrypoint, worker_arguments, resolved.config, job)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from ft_launcher.errors import FtLauncherError
 
-__all__ = ["RunDir"]
+__all__ = ["RunDir", "find_sockets"]
+
+_PREFIX = "ft_launcher_"
 
 
 class RunDir:
@@ -27,7 +29,7 @@ class RunDir:
         tried = []
         for place in _places(environ):
             try:
-                self.path = tempfile.mkdtemp(prefix="ft_launcher_", dir=place)
+                self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
             except OSError as error:
                 tried.append(f"{place} ({error.strerror})")
                 continue
@@ -65,6 +67,20 @@ class RunDir:
         """Remove the directory with all that is in it."""
         os.close(self._fd)
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def find_sockets(name: str, environ: Mapping[str, str]) -> list[Path]:
+    """Give the sockets of this name in all such directories of this user, dead ones too."""
+    found: dict[tuple[int, int], Path] = {}
+    for place in _places(environ):
+        try:
+            for path in Path(place).glob(f"{_PREFIX}*/{name}"):
+                status = path.lstat()
+                if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.getuid():
+                    found.setdefault((status.st_dev, status.st_ino), path)
+        except OSError:  # not ours to look into, or it went away meanwhile
+            continue
+    return sorted(found.values())
 
 
 def _places(environ: Mapping[str, str]) -> list[str]:

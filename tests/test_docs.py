@@ -51,7 +51,11 @@ SOON = {"PET_FT_RANK_SECTION_TIMEOUTS": "setup:60,step:3,checkpointing:60"}
 """The demo's limits are far above what it needs; waiting for its hang would be most of the time spent here."""
 
 
-NEEDED = {"lightning": ("lightning",), "hugging_face": ("transformers", "accelerate")}
+NEEDED = {
+    "engines": ("aiohttp", "prometheus_client"),
+    "hugging_face": ("transformers", "accelerate"),
+    "lightning": ("lightning",),
+}
 """Packages without which a document's examples cannot be run."""
 
 
@@ -165,7 +169,7 @@ def roughly(line: str) -> str:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 def test_a_document_shows_what_happens(sandbox, document):
     for package in NEEDED.get(document.stem, ()):
-        pytest.importorskip(package, reason="the extra [integrations] is not installed")
+        pytest.importorskip(package, reason="an extra is not installed")
     reader = Reader(sandbox)
     for block in blocks(document):
         reader.do(block)
