@@ -14,7 +14,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,8 @@ class Model:
 
     def __init__(self, folder: Path) -> None:
         maker = [PYTHON, MODEL_MAKER, str(folder)]
-        made = subprocess.run(maker, capture_output=True, text=True, timeout=START_SECONDS, check=False)
+        env = os.environ | {"TMPDIR": str(folder)}  # torch makes a folder for what it might compile
+        made = subprocess.run(maker, env=env, capture_output=True, text=True, timeout=START_SECONDS, check=False)
         assert made.returncode == 0, made.stderr
         self.answers: dict[str, Answer] = json.loads(made.stdout.splitlines()[-1])
         self._weights = folder
@@ -87,7 +87,6 @@ class Model:
         """An engine of this model; what it compiles stays beside the model."""
         server = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", "{port}"]
         settings = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--served-model-name", "toy"]
-        settings += ["--max-num-seqs", "1"]  # so that a queue is soon long
         caches = {"TMPDIR": str(self._weights), "VLLM_CACHE_ROOT": str(self._weights / "cache")}
         command = [*server, "--model", str(self.folder), *settings]
         return EngineSpec(name="a", command=command, env=ENGINE_ENV | caches)
@@ -183,7 +182,7 @@ def post(url: str, path: str, body: dict[str, Any] | None = None) -> None:
     """Ask for something whose answer says no more than that it was done. OSError when it was not."""
     sent = json.dumps({} if body is None else body).encode()
     request = urllib.request.Request(url + path, sent, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=START_SECONDS) as said:
+    with urllib.request.urlopen(request, timeout=GENEROUS) as said:
         assert said.status == 200
 
 
@@ -247,27 +246,6 @@ def test_E12_a_vllm_that_is_paused_is_left_alone_and_serves_on(model: Model, log
         assert one.probes.next(6) == [""] * 6
         post(one.url, "/resume")
         assert model.is_answered(one.url, "v1")
-        assert one.events.count(State.FAILED) == one.events.count(State.SUSPECT) == 0
-
-
-def test_a_vllm_with_a_long_queue_is_left_alone(model: Model, log_dir: Path) -> None:
-    with served(model, log_dir) as one:
-        is_over, url = threading.Event(), one.url
-
-        def ask_again_and_again() -> None:
-            body = {"model": "toy", "prompt": [1], "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-            while not is_over.is_set():
-                post(url, "/v1/completions", body)
-
-        with ThreadPoolExecutor(20) as clients:
-            asking = [clients.submit(ask_again_and_again) for _ in range(20)]
-            try:
-                # The token for which a probe asks waits for 4,000 others: it works as those come.
-                assert one.probes.next(8) == [""] * 8
-            finally:
-                is_over.set()
-        for each in asking:
-            each.result()
         assert one.events.count(State.FAILED) == one.events.count(State.SUSPECT) == 0
 
 
