@@ -135,8 +135,11 @@ class JobRendezvous(RendezvousHandler):
                 "FT_RESTART_COUNT_GLOBAL": str(assigned.memory.restarts),
                 "FT_RESTART_REASON": str(assigned.reason),
                 "FT_PREV_WORLD_SIZE": str(assigned.prev_world_size),
-                HINT_ENV: "" if hint is None else msgspec.json.encode(hint).decode(),
             }
+            if hint is not None:
+                environment[HINT_ENV] = msgspec.json.encode(hint).decode()
+            elif HINT_ENV in os.environ:
+                environment[HINT_ENV] = ""  # of a job around this one
         return environment
 
     # -- torch's interface ----------------------------------------------------------------------------------------
