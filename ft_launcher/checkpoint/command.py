@@ -1,11 +1,9 @@
 """The command `ft_checkpoint`: what stands in a directory of checkpoints, whole or broken; what would be resumed."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -17,34 +15,22 @@ from ft_launcher.checkpoint.directory import Directory
 from ft_launcher.checkpoint.errors import CheckpointError
 from ft_launcher.checkpoint.files import Verify, problems
 from ft_launcher.checkpoint.manifest import Entry, Manifest, best, metrics_of, newest_first, step_of
+from ft_launcher.command_words import Parser, one_of
 
 __all__ = ["main"]
 
 _COMMANDS = ("ls", "verify", "show")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _command(text: str) -> str:
-    if text in _COMMANDS:
-        return text
-    near = difflib.get_close_matches(text, _COMMANDS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(_COMMANDS)}{hint}")
-
-
 def _parser() -> argparse.ArgumentParser:
-    made = _Parser(
+    made = Parser(
         prog="ft_checkpoint",
         description=__doc__,
         epilog="ls looks at names, manifests and sizes, verify at every byte; show tells of one checkpoint (the one "
         "that would be resumed, or --step N, or DIR/step_N). Nothing is changed but by verify --set-aside. "
         "Exit code: 0, 1 where something is broken or missing, 2 for a wrong command.",
     )
-    made.add_argument("command", type=_command, metavar="ls|verify|show")
+    made.add_argument("command", type=one_of(_COMMANDS), metavar="ls|verify|show")
     made.add_argument("directory", type=Path, metavar="DIR")
     made.add_argument("--step", type=int, metavar="N", help="only this step (show, verify)")
     made.add_argument("--best-metric", default="loss", metavar="NAME", help="the best is found by this metric (loss)")

@@ -1,7 +1,6 @@
 """The command `ft_engines`: runs the engines of a file, alone or beside a trainer, and shows how they are."""
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 from rich.console import Console
@@ -18,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ft_launcher import exec_shim, processes
+from ft_launcher.command_words import Parser, one_of
 from ft_launcher.console import open_console
 from ft_launcher.engines import wire
 from ft_launcher.engines.client import EngineClient
@@ -39,27 +38,14 @@ _HEARD = {*_ENDS, signal.SIGCHLD}
 _COLOURS = {State.SERVING: "green", State.SUSPECT: "yellow", State.FAILED: "red", State.RETIRED: "red"}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _command(text: str) -> str:
-    if text in _COMMANDS:
-        return text
-    near = difflib.get_close_matches(text, _COMMANDS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(_COMMANDS)}{hint}")
-
-
 def _parser() -> argparse.ArgumentParser:
-    made = _Parser(
+    made = Parser(
         prog="ft_engines",
         description=__doc__,
         epilog="run: until SIGINT or SIGTERM, or until the trainer (after --) ends, with its exit code. "
         "Exit code of status: 0, or 1 where no engine serves or no service runs.",
     )
-    made.add_argument("command", type=_command, metavar="run|status")
+    made.add_argument("command", type=one_of(_COMMANDS), metavar="run|status")
     made.add_argument("target", metavar="FILE", help="engines.yaml; for status also the socket of a service")
     made.add_argument("--json", action="store_true", help="status for programs")
     made.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="of run")

@@ -4,18 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from ft_launcher.command_words import Parser
 from ft_launcher.rollout.trace_page import page
 from ft_launcher.rollout.trace_perfetto import perfetto
 from ft_launcher.rollout.trace_records import TraceError, read_trace
 
 __all__ = ["main"]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def _count(text: str) -> int:
@@ -25,7 +20,7 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = _Parser(prog="ft_trace", description=__doc__)
+    made = Parser(prog="ft_trace", description=__doc__)
     made.add_argument("command", choices=["export"])
     made.add_argument("trace", type=Path, metavar="FILE", help="what `tracing` has written")
     made.add_argument("--perfetto", type=Path, metavar="OUT.json", help="for ui.perfetto.dev and chrome://tracing")

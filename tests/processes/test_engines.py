@@ -300,10 +300,10 @@ def test_E9_a_pause_begins_when_no_probe_is_under_way_and_in_it_nobody_is_killed
     with supervised(spec("a"), spec("b"), health_check_interval=0.05, health_check_timeout=0.2) as (supervisor, events):
         supervisor.wait_serving(2)
         chance = random.Random(5)
-        for _ in range(100):
+        for _ in range(500):
             with supervisor.paused("weights"):
                 before = list(events.all)
-                if chance.random() < 0.1:
+                if chance.random() < 0.03:
                     for engine in supervisor.serving():
                         ask(engine.url, "/admin", {"do": "hang"})
                     time.sleep(0.3)  # as long as a sweep and its kills would take
