@@ -75,6 +75,9 @@ logger = logging.getLogger(__name__)
 FENCE_SECONDS = 0.5
 """The grace for the workers of a node that lost its host: less than what the others wait (meeting.py, settle)."""
 
+ENDING_SECONDS = 1.0
+"""How long a rank that has raised its exception is waited for, when one that failed later was the first to be gone."""
+
 LEFTOVER_SECONDS = 1.0
 """The grace for what ranks leave running when all of them have succeeded: nobody waits for it any more."""
 
@@ -343,6 +346,7 @@ class FtAgent(LocalElasticAgent):
             # It went to the ranks as well, as with Slurm's scancel, and they do not listen: this is no failure.
             raise SignalException("SIGTERM, for the ranks too", sigval=signal.SIGTERM)
         if failed:
+            failed = self._in_order_of_failing(failed)
             failures = self._failures(worker_group, failed)
             cause = worst(self.causes[local_rank] for local_rank in failed)
             first = next(each for each in failed if self.causes[each] is cause)
@@ -376,6 +380,24 @@ class FtAgent(LocalElasticAgent):
             rank, failure = next(iter(result.failures.items()), (None, None))
             self.cause = from_returncode(failure.exitcode) if failure is not None else Exited(1)
             self._job.report(NodeState.FAILED, self.cause, rank)
+
+    def _in_order_of_failing(self, failed: list[int]) -> list[int]:
+        """`failed`, and before them the ranks that raised their exceptions earlier and take longer to end."""
+        raised = {rank: when for rank in self._ranks if (when := self._raised_at(rank)) is not None}
+        if not all(rank in raised for rank in failed):
+            return failed  # whoever raises nothing (a hang, a kill) is seldom another's victim
+        latest = max(raised[rank] for rank in failed)
+        ending = [rank for rank, when in raised.items() if when < latest and rank not in failed]
+        processes.wait_gone([self._ranks[rank].pidfd for rank in ending], ENDING_SECONDS)
+        return sorted(self._failed(self._exit_codes()), key=lambda rank: raised.get(rank, latest))
+
+    def _raised_at(self, local_rank: int) -> float | None:
+        """When `@record` wrote down this rank's exception, in seconds since the epoch; None: it has not."""
+        error_file = self._pcontext.error_files[local_rank] if self._pcontext is not None else os.devnull
+        try:
+            return None if error_file == os.devnull else Path(error_file).stat().st_mtime
+        except OSError:
+            return None
 
     def _settle_as_preempted(self) -> None:
         self._settled = _Settled(NodeState.PREEMPTED, RunResult(WorkerState.FAILED, {}, {}), time.monotonic())

@@ -152,6 +152,33 @@ sys.exit(7)
     sandbox.assert_clean()
 
 
+def test_the_rank_that_raised_first_is_named_though_another_is_gone_sooner(sandbox):
+    script = sandbox.script(
+        PLAIN_HEAD
+        + """
+import atexit
+from torch.distributed.elastic.multiprocessing.errors import record
+
+@record
+def main():
+    if rank == 0:
+        wait_for("raised")
+        raise ConnectionError("the other one is away")
+    atexit.register(time.sleep, 0.3)  # long enough to be gone last
+    atexit.register(tell, "raised")
+    raise ValueError("the root")
+
+main()
+"""
+    )
+    job = sandbox.launch("--nproc-per-node", "2", "--log-dir", str(sandbox.path / "logs"), script)
+    assert job.wait() == 1, job.output
+    said = [line for line in job.lines if line.startswith("ft_launcher: rank") and "exited with code 1" in line]
+    assert [line.split()[2] for line in said] == ["1", "0"], job.output
+    assert "ValueError: the root" in job.output.partition("Root Cause")[2]
+    sandbox.assert_clean()
+
+
 def test_R4_a_rank_that_the_oom_killer_ended_is_said_to_be_with_the_limit(sandbox, memory):
     script = sandbox.script(
         PLAIN_HEAD
