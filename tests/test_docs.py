@@ -18,6 +18,7 @@ import re
 import runpy
 import shlex
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -55,6 +56,8 @@ NEEDED = {
     "engines": ("aiohttp", "prometheus_client"),
     "hugging_face": ("transformers", "accelerate"),
     "lightning": ("lightning",),
+    "ray": ("ray",),
+    "ray_cluster": ("ray",),
 }
 """Packages without which a document's examples cannot be run."""
 
@@ -166,10 +169,18 @@ def roughly(line: str) -> str:
     )
 
 
+@pytest.fixture
+def short_directory() -> Iterator[str]:
+    """For Ray, whose sockets have long names below it."""
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as directory:
+        yield directory
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
-def test_a_document_shows_what_happens(sandbox, document):
+def test_a_document_shows_what_happens(sandbox, short_directory, document):
     for package in NEEDED.get(document.stem, ()):
         pytest.importorskip(package, reason="an extra is not installed")
+    sandbox.env["RAY_TMPDIR"] = short_directory
     reader = Reader(sandbox)
     for block in blocks(document):
         reader.do(block)

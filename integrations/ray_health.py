@@ -1,0 +1,45 @@
+"""Looks at the health of all actors every so many training steps, and emits the metrics of each step."""
+
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Protocol
+
+from ft_launcher.integrations.ray_config import RayFaultToleranceConfig
+from ft_launcher.integrations.ray_metrics import ActorMetrics
+
+__all__ = ["HealthMonitor", "Watched"]
+
+
+class Watched(Protocol):
+    """An actor or a gang."""
+
+    role: str
+
+    def check(self) -> "Future[bool]":
+        """Ask it now how it is."""
+
+
+class HealthMonitor:
+    """Call `step` once in each training step. (What hangs is found without: each actor is pinged all the time.)"""
+
+    def __init__(self, watched: Iterable[Watched], config: RayFaultToleranceConfig, metrics: ActorMetrics) -> None:
+        self._watched = tuple(watched)
+        self._config, self._metrics = config, metrics
+        self._is_on = config.enable_fault_tolerance and config.enable_health_monitoring
+        self._next = config.health_check_interval
+
+    def look(self) -> dict[str, bool]:
+        """Ask all of them, side by side: which roles are healthy. It takes at most the longest `ping_timeout`."""
+        answers = [(each.role, each.check()) for each in self._watched]
+        health: dict[str, bool] = {}
+        for role, answer in answers:
+            health[role] = answer.result() and health.get(role, True)
+        return health
+
+    def step(self, step: int) -> dict[str, float]:
+        """Emit the metrics of this step, and give them; with health, when `health_check_interval` steps have passed."""
+        is_due = self._is_on and step >= self._next
+        if is_due:
+            interval = self._config.health_check_interval
+            self._next += interval * ((step - self._next) // interval + 1)
+        return self._metrics.emit(step, self.look() if is_due else None)
