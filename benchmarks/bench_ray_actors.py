@@ -140,6 +140,7 @@ def main() -> int:
     logging.getLogger("ft_launcher").setLevel(logging.CRITICAL)
     directory = tempfile.mkdtemp(prefix="r", dir="/tmp")
     ray.init(
+        "local",
         num_cpus=2 * options.size + 2,
         include_dashboard=False,
         logging_level=logging.ERROR,

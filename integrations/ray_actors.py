@@ -199,11 +199,9 @@ class SupervisedActor:
         if self._ended is not None:
             return
         self._metrics.failed(self.role)
-        # What it ran is not known: it may have been the oldest calls, as many as it runs at a time.
-        suspects = self._in_flight[: self._blueprint.concurrency]
-        for sent in suspects:
-            sent.call.is_suspect = True
-        running = f", with {' and '.join(repr(sent.call.method) for sent in suspects)}" if suspects else ""
+        incarnation.ran = len(self._in_flight)
+        names = dict.fromkeys(repr(sent.call.method) for sent in self._in_flight)
+        running = f", with {' and '.join(names)}" if names else ""
         pid = "not initialised yet" if incarnation.hello is None else f"pid {incarnation.hello.pid}"
         what = f"{self.role} ({pid}{running}): {end.reason}"
         never_ran = end.raised and not self._ready.done()
@@ -236,15 +234,14 @@ class SupervisedActor:
         self._send()
 
     def _send(self) -> None:
-        """Send what may be sent: a call that was there when an actor died goes alone, so that it is known for sure."""
+        """Send as many as it runs at a time: then a death is due to those that were sent, and loses no others."""
         current = self._current
         while self._waiting and current is not None and current.hello is not None and current.end is None:
-            is_suspect = self._waiting[0].call.crashes or (self._in_flight and self._in_flight[0].call.crashes)
-            if self._in_flight and is_suspect:
+            goes_alone = any(each[0].call.goes_alone for each in (self._waiting, self._in_flight) if each)
+            if len(self._in_flight) >= (1 if goes_alone else self._blueprint.concurrency):
                 return
             sent = self._waiting.pop(0)
             self._in_flight.append(sent)
-            sent.call.is_sent, sent.call.is_suspect = True, False
             try:
                 current.call(sent.call.method, sent.args, sent.kwargs, partial(self._on_answer, current, sent))
             except Exception as error:  # noqa: BLE001  # an argument that cannot be pickled
@@ -267,6 +264,7 @@ class SupervisedActor:
         call = sent.call
         verdict = after_death(
             call,
+            was_alone=incarnation.ran == 1,
             node_lost=incarnation.end is not None and incarnation.end.node_lost,
             config=self._config,
             poison_after=self._poison_after,

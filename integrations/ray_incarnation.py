@@ -16,7 +16,7 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from ft_launcher.errors import UsageError
 from ft_launcher.integrations.ray_loop import Loop
-from ft_launcher.integrations.ray_member import GROUP, GROUP_THREADS, Address, Hello, Init, supervised
+from ft_launcher.integrations.ray_member import GROUP, GROUP_THREADS, Address, Hello, Init, is_async, supervised
 from ft_launcher.integrations.ray_policy import Ailing, Limits, Pulse, Vitals
 
 __all__ = ["Blueprint", "End", "Incarnation", "Observer", "RestartsExhaustedError"]
@@ -40,7 +40,8 @@ class Blueprint:
             if name in options:
                 raise UsageError(f"options: {name}={options[name]!r}: must not be there; {instead}")
         groups = {GROUP: GROUP_THREADS, **options.pop("concurrency_groups", {})}
-        self.concurrency: int = options.get("max_concurrency", 1)
+        # Ray's defaults; https://docs.ray.io/en/latest/ray-core/actors/async_api.html
+        self.concurrency: int = options.get("max_concurrency", 1000 if is_async(cls) else 1)
         self._options = options
         asked = {resource: options[name] for name, resource in _RESOURCES.items() if options.get(name)}
         self._resources: dict[str, float] = asked | options.get("resources", {})
@@ -96,6 +97,8 @@ class Incarnation:
         self.vitals = Vitals(time.monotonic())
         self.hello: Hello | None = None
         self.end: End | None = None
+        self.ran = 0
+        """How many calls it was running when it ended."""
         self._blueprint = blueprint
         self._loop, self._limits, self._observer = loop, limits, observer
         self._ping: object | None = None

@@ -16,7 +16,7 @@ from msgspec import Struct
 from ft_launcher.errors import UsageError
 from ft_launcher.integrations.ray_policy import Pulse
 
-__all__ = ["GROUP", "Address", "Hello", "fuse_roles", "may_repeat", "no_retry", "supervised"]
+__all__ = ["GROUP", "Address", "Hello", "fuse_roles", "is_async", "may_repeat", "no_retry", "supervised"]
 
 GROUP = "_ft"
 """The concurrency group of pings: they are answered while a call runs."""
@@ -102,12 +102,12 @@ def supervised(cls: type) -> type:
             f"{getattr(cls, '__name__', cls)!s}: must be the class itself, not what ray.remote made of it:"
             " options that were given to ray.remote would be lost; give them as options={...}"
         )
-    made: type = _of_coroutines(cls) if _is_async(cls) else _of_functions(cls)
+    made: type = _of_coroutines(cls) if is_async(cls) else _of_functions(cls)
     made.__name__, made.__qualname__, made.__doc__ = cls.__name__, cls.__qualname__, cls.__doc__
     return made
 
 
-def _is_async(cls: type) -> bool:
+def is_async(cls: type) -> bool:
     """Judge as Ray does: one coroutine makes all methods run in event loops."""
     methods = inspect.getmembers(cls, inspect.isfunction)
     return any(inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for _, each in methods)

@@ -38,12 +38,11 @@ class Call(Struct):
     method: str
     may_repeat: bool
     """False: it was marked `@no_retry`, and is sent once."""
-    is_sent: bool = False
-    is_suspect: bool = False
-    """It may have been running when its actor died."""
     retries: int = 0
     crashes: int = 0
-    """How many incarnations of the actor ended while it was, as far as one can tell, this call that they ran."""
+    """How many processes of the actor ended while they ran it."""
+    goes_alone: bool = False
+    """It is sent when nothing else runs, and nothing is sent beside it: then it is known whether it is to blame."""
 
 
 class Verdict(Enum):
@@ -55,20 +54,21 @@ class Verdict(Enum):
     POISON = "it has ended each actor that it was sent to"
 
 
-def after_death(call: Call, *, node_lost: bool, config: RayFaultToleranceConfig, poison_after: int | None) -> Verdict:
-    """Decide about a call that was not answered; notes in `call` what is known now.
+def after_death(
+    call: Call, *, was_alone: bool, node_lost: bool, config: RayFaultToleranceConfig, poison_after: int | None
+) -> Verdict:
+    """Decide about a call that was running when its actor died; notes in `call` what is known now.
 
-    `node_lost`: the whole machine went away, for which no call is to blame. `poison_after`: None is never.
+    `was_alone`: nothing else was running. `node_lost`: the whole machine went away, for which no call is to blame.
+    `poison_after`: None is never.
     """
-    if not call.is_sent:
-        return Verdict.SEND
     if not call.may_repeat:
         return Verdict.NOT_REPEATED
-    if not call.is_suspect:
-        return Verdict.SEND  # it stood behind another
     call.crashes += not node_lost
-    if poison_after is not None and call.crashes >= poison_after:
-        return Verdict.POISON
+    if poison_after is not None and call.crashes >= poison_after and not node_lost:
+        if was_alone:
+            return Verdict.POISON
+        call.goes_alone = True
     most = config.max_task_retries if config.enable_fault_tolerance else 0
     if most != UNLIMITED and call.retries >= most:
         return Verdict.NO_RETRIES_LEFT

@@ -15,6 +15,7 @@ def local_ray(num_cpus: int = 4) -> Iterator[None]:
     # Short: the paths of Ray's sockets are below it.
     directory = tempfile.mkdtemp(prefix="r", dir="/tmp")
     ray.init(
+        "local",
         num_cpus=num_cpus,
         include_dashboard=False,
         logging_level=logging.ERROR,

@@ -129,10 +129,10 @@ def test_a_bad_file_is_named_with_line_and_key(path):
 # -- decisions --------------------------------------------------------------------------------------------------------
 
 
-def died(call, config=None, *, node_lost=False, poison_after=2):
-    """Send a call to an actor that dies of it."""
-    call.is_sent = call.is_suspect = True
-    return after_death(call, node_lost=node_lost, config=config or RayFaultToleranceConfig(), poison_after=poison_after)
+def died(call, config=None, *, was_alone=True, node_lost=False, poison_after=2):
+    """Let the actor die that runs this call."""
+    config = config or RayFaultToleranceConfig()
+    return after_death(call, was_alone=was_alone, node_lost=node_lost, config=config, poison_after=poison_after)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3])
@@ -172,18 +172,20 @@ def test_a_call_that_ends_two_actors_is_poison_unless_their_machines_went_away()
     assert [died(call, unlucky), died(call, unlucky)] == [Verdict.SEND, Verdict.POISON]
 
 
+def test_a_call_that_ran_beside_others_is_poison_only_once_it_has_ended_an_actor_alone():
+    call, config = Call("generate", may_repeat=True), RayFaultToleranceConfig(max_task_retries=5)
+    alone = []
+    for _ in range(2):
+        assert died(call, config, was_alone=False) is Verdict.SEND
+        alone.append(call.goes_alone)
+    assert alone == [False, True]
+    assert died(call, config, node_lost=True) is Verdict.SEND
+    assert died(call, config) is Verdict.POISON
+
+
 def test_a_call_that_must_not_run_twice_is_sent_once():
-    call = Call("step", may_repeat=False)
-    assert after_death(call, node_lost=False, config=RayFaultToleranceConfig(), poison_after=2) is Verdict.SEND
-    call.is_sent = True
-    assert died(call) is Verdict.NOT_REPEATED
-
-
-def test_a_call_that_stood_behind_another_loses_nothing():
-    call = Call("update", may_repeat=True, is_sent=True)
-    config = RayFaultToleranceConfig(max_task_retries=0)
-    assert after_death(call, node_lost=False, config=config, poison_after=2) is Verdict.SEND
-    assert (call.retries, call.crashes) == (0, 0)
+    for node_lost in (False, True):
+        assert died(Call("step", may_repeat=False), node_lost=node_lost) is Verdict.NOT_REPEATED
 
 
 def test_nothing_is_sent_again_where_fault_tolerance_is_off():

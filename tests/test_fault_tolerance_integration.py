@@ -55,6 +55,9 @@ class Notes:
         with (self.directory / name).open("a") as file:
             file.write(f"{text}\n")
 
+    def wait_for(self, name):
+        wait_until(lambda: self.read(name))
+
     def read(self, name):
         path = self.directory / name
         return path.read_text().splitlines() if path.exists() else []
@@ -516,3 +519,13 @@ def test_Y7_the_monitor_tells_each_step_and_looks_at_health_every_so_many(notes,
     assert ["actor_health/critic" in each for each in told] == [False, True, False, True]
     assert [each["actor_failures/total"] for each in told] == [0, 0, 0, 1]
     assert json.dumps(told[3])
+
+
+def test_Y7_a_training_that_goes_back_is_looked_at_again_on_its_way(notes):
+    metrics = ActorMetrics(roles=("critic",))
+    with supervise(notes, metrics=metrics) as actor:
+        monitor = HealthMonitor([actor], RayFaultToleranceConfig(health_check_interval=2.5), metrics)
+        actor.ready(60)
+        steps = (1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 11)
+        looked_at = [step for step in steps if "actor_health/critic" in monitor.step(step)]
+    assert looked_at == [3, 5, 2, 3, 5, 11]
