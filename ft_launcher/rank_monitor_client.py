@@ -6,7 +6,6 @@ does. All the rest goes over a Unix socket, with a limit on every wait.
 
 import faulthandler
 import logging
-import operator
 import os
 import signal
 import socket
@@ -20,17 +19,18 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from ft_launcher import agreement, procfs, timeouts
+from ft_launcher import procfs, rank_reports, timeouts
 from ft_launcher.config import FaultToleranceConfig
 from ft_launcher.errors import RankMonitorClientError
-from ft_launcher.ladder import HINT_ENV, MAX_PATH_BYTES, Checkpoint, ResumeHint
-from ft_launcher.messages import CheckpointSaved, ControlRequested, LimitsSet, ResumedFrom, WorkloadControlRequest
+from ft_launcher.ladder import Checkpoint, ResumeHint
+from ft_launcher.messages import CheckpointSaved, ControlRequested, ResumedFrom, WorkloadControlRequest
 from ft_launcher.page import Slot, StampPage
+from ft_launcher.rank_limits import RankLimits
 from ft_launcher.rank_link import Greeting, MonitorGoneError, RankLink
 from ft_launcher.rank_notice import UNCONNECTED, Answers
 from ft_launcher.timeouts import HeartbeatTimeouts, Observed, SectionTimeouts
 
-__all__ = ["SOCKET_ENV", "RankInfo", "RankMonitorClient", "checkpoint_path"]
+__all__ = ["SOCKET_ENV", "RankInfo", "RankMonitorClient"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +76,8 @@ class RankMonitorClient:
     def __init__(self) -> None:
         self.cfg: FaultToleranceConfig | None = None
         self.rank_info: RankInfo | None = None
-        self.hb_timeouts = HeartbeatTimeouts()
-        self.section_timeouts = SectionTimeouts()
         self.is_initialized = False
-        self._loaded: tuple[HeartbeatTimeouts, SectionTimeouts] | None = None
+        self._limits = RankLimits()
         # Reentrant: a signal handler of the user may close the sections while this thread opens one.
         self._lock = threading.RLock()
         # Another one, as a question may wait for the monitor: a section never does.
@@ -94,7 +92,6 @@ class RankMonitorClient:
         self._longest_heartbeat_ns = 0
         self._longest_outside_ns = 0
         self._first_heartbeat_ns = 0
-        self._ever_observed = Observed()
         self._answers = Answers()
         self._has_adopted = threading.Event()
         _clients.add(self)
@@ -287,11 +284,7 @@ class RankMonitorClient:
 
     def resume_hint(self) -> ResumeHint | None:
         """Give from which checkpoint to go on, the same on all ranks; None: no one is suspect, so go on as ever."""
-        text = os.environ.get(HINT_ENV)
-        try:
-            return msgspec.json.decode(text, type=ResumeHint) if text else None
-        except msgspec.MsgspecError as error:
-            raise RankMonitorClientError(f"{HINT_ENV} is not what the launcher put there: {error}") from None
+        return rank_reports.given_hint()
 
     def report_resume(self, path: "str | os.PathLike[str] | None", step: int | None = None) -> bool:
         """Say, before it is loaded, from which checkpoint this attempt goes on; `path` None: from the beginning.
@@ -303,7 +296,7 @@ class RankMonitorClient:
         """
         if path is None and step:
             raise RankMonitorClientError(f"report_resume(None, {step}): without a checkpoint the step is 0")
-        checkpoint = Checkpoint(None, 0) if path is None else _checkpoint(path, step)
+        checkpoint = Checkpoint(None, 0) if path is None else rank_reports.checkpoint(path, step)
         return self._report("from which checkpoint it goes on", lambda number: ResumedFrom(number, checkpoint))
 
     def report_checkpoint(self, path: "str | os.PathLike[str]", step: int | None) -> bool:
@@ -311,7 +304,7 @@ class RankMonitorClient:
 
         By one rank, or by all with the same path. The rest as with `report_resume`.
         """
-        checkpoint = _checkpoint(path, step)
+        checkpoint = rank_reports.checkpoint(path, step)
         return self._report("what it has saved", lambda number: CheckpointSaved(number, checkpoint))
 
     def report_step(self, step: int) -> None:
@@ -338,6 +331,16 @@ class RankMonitorClient:
 
     # -- timeouts from observation --------------------------------------------------------------------------------
 
+    @property
+    def hb_timeouts(self) -> HeartbeatTimeouts:
+        """The timeouts of heartbeats in force."""
+        return self._limits.heartbeat
+
+    @property
+    def section_timeouts(self) -> SectionTimeouts:
+        """The timeouts of sections in force."""
+        return self._limits.section
+
     def calculate_and_set_hb_timeouts(self, skip_if_not_ready: bool = False) -> bool:
         """Set both heartbeat timeouts to `safety_factor` times the longest intervals that any rank has seen.
 
@@ -345,17 +348,12 @@ class RankMonitorClient:
         without them it returns False on all ranks (`skip_if_not_ready`) or raises RankMonitorClientError on all.
         """
         self._check()
-        seen = self._seen()
-        if not self._ready(seen.heartbeat is not None, (), skip_if_not_ready, "two heartbeats"):
-            return False
-        initial, heartbeat = agreement.largest_over_ranks([seen.initial or 0.0, seen.heartbeat or 0.0])
-        agreed = Observed(initial=initial, heartbeat=heartbeat)
-        self.hb_timeouts = timeouts.calculated_heartbeats(
-            agreed, self._ever_observed, self._config.safety_factor, self.hb_timeouts
+        is_calculated = self._limits.calculate_heartbeats(
+            self._seen(), self._config.safety_factor, skip_if_not_ready=skip_if_not_ready
         )
-        self._ever_observed = self._ever_observed.merged(agreed)
-        self._send_limits()
-        return True
+        if is_calculated:
+            self._send_limits()
+        return is_calculated
 
     def calculate_and_set_section_timeouts(
         self,
@@ -369,25 +367,16 @@ class RankMonitorClient:
         have been outside of all sections once if `calc_out_of_section`. Other sections keep what they have.
         """
         self._check()
-        names = sorted(self.section_timeouts.section if selected_sections is None else selected_sections)
-        seen = self._seen()
-        ready = seen.sections.keys() >= set(names) and (not calc_out_of_section or seen.out_of_section is not None)
-        if not self._ready(
-            ready, names, skip_if_not_ready, f"every one of the sections {', '.join(names)} closed once"
-        ):
-            return False
-        outside, *longest = agreement.largest_over_ranks(
-            [seen.out_of_section or 0.0, *(seen.sections[n] for n in names)]
+        is_calculated = self._limits.calculate_sections(
+            self._seen(),
+            self._config.safety_factor,
+            selected_sections,
+            out_of_section=calc_out_of_section,
+            skip_if_not_ready=skip_if_not_ready,
         )
-        agreed = Observed(
-            sections=dict(zip(names, longest, strict=True)), out_of_section=outside if calc_out_of_section else None
-        )
-        self.section_timeouts = timeouts.calculated_sections(
-            agreed, self._ever_observed, self._config.safety_factor, self.section_timeouts, names
-        )
-        self._ever_observed = self._ever_observed.merged(agreed)
-        self._send_limits()
-        return True
+        if is_calculated:
+            self._send_limits()
+        return is_calculated
 
     def process_group_timeout(self) -> timedelta | None:
         """Give the `timeout` for `init_process_group` with which a hang is found, and named, by the monitor first.
@@ -405,25 +394,14 @@ class RankMonitorClient:
 
     def state_dict(self) -> dict[str, Any]:
         """Give the timeouts in force, and what they were calculated from, as plain dicts for a checkpoint."""
-        return {
-            "current_timeouts": {
-                "heartbeat": msgspec.to_builtins(self.hb_timeouts),
-                "section": msgspec.to_builtins(self.section_timeouts),
-            },
-            "observed": self._ever_observed.as_dict(),
-        }
+        return self._limits.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put the calculated ones of the timeouts in `state_dict()` in force, at once or from the start of monitoring.
 
         Raises RankMonitorClientError when `state` is something else.
         """
-        try:
-            heartbeat, section, self._ever_observed = timeouts.from_state(state)
-        except ValueError as error:
-            raise RankMonitorClientError(str(error)) from None
-        self._loaded = (heartbeat, section)
-        self._put_loaded_in_force()
+        self._limits.load_state_dict(state)
         if self.is_initialized:
             self._send_limits()
 
@@ -473,13 +451,7 @@ class RankMonitorClient:
         page = StampPage(greeting.page_fd)
         os.close(greeting.page_fd)
         self.cfg = msgspec.msgpack.decode(greeting.config, type=FaultToleranceConfig)
-        self.hb_timeouts = HeartbeatTimeouts(
-            initial=self.cfg.initial_rank_heartbeat_timeout, subsequent=self.cfg.rank_heartbeat_timeout
-        )
-        self.section_timeouts = SectionTimeouts(
-            section=dict(self.cfg.rank_section_timeouts), out_of_section=self.cfg.rank_out_of_section_timeout
-        )
-        self._put_loaded_in_force()
+        self._limits.configure(self.cfg)
         if told_meanwhile is not None:
             page.copy_from(told_meanwhile)
         self._page, self._stamps = page, page.stamps
@@ -535,21 +507,8 @@ class RankMonitorClient:
             out_of_section=self._longest_outside_ns * _NS or None,
         )
 
-    def _ready(self, ready: bool, names: Collection[str], skip: bool, needed: str) -> bool:
-        if agreement.all_ready(ready=ready, names=list(names)):
-            return True
-        if skip:
-            return False
-        raise RankMonitorClientError(f"too early to calculate timeouts: every rank needs {needed}")
-
-    def _put_loaded_in_force(self) -> None:
-        # Only what was calculated: a limit that the user has changed in the file since must not come back.
-        if self._loaded is not None:
-            self.hb_timeouts = timeouts.with_calculated_heartbeats(self.hb_timeouts, self._loaded[0])
-            self.section_timeouts = timeouts.with_calculated_sections(self.section_timeouts, self._loaded[1])
-
     def _send_limits_if_loaded(self) -> None:
-        if self._loaded is not None:
+        if self._limits.are_loaded:
             self._send_limits()
 
     def _send_limits(self) -> None:
@@ -557,15 +516,8 @@ class RankMonitorClient:
             return
         with self._link_lock:
             link = self._connection()
-            limits = LimitsSet(
-                initial=self.hb_timeouts.initial,
-                heartbeat=self.hb_timeouts.subsequent,
-                sections=self.section_timeouts.section,
-                out_of_section=self.section_timeouts.out_of_section,
-                number=link.next_number(),
-            )
             try:
-                link.ask(limits, ANSWER_SECONDS)
+                link.ask(self._limits.message(link.next_number()), ANSWER_SECONDS)
             except MonitorGoneError as error:
                 logger.warning("the rank monitor did not get new timeouts: %s", error)
 
@@ -582,25 +534,6 @@ class RankMonitorClient:
             faulthandler.unregister(STACK_SIGNAL)
             _close(self._stacks_fd)
             self._stacks_fd = None
-
-
-def checkpoint_path(path: "str | os.PathLike[str]") -> str:
-    """Give the text by which a checkpoint is known: an absolute path, links not followed, or a URL as it is."""
-    text = os.fspath(path)
-    return text if "://" in text else os.path.abspath(text)  # noqa: PTH100 (Path.absolute leaves ".." in it)
-
-
-def _checkpoint(path: "str | os.PathLike[str]", step: int | None) -> Checkpoint:
-    text = checkpoint_path(path)
-    # What is not printable has no place in a log line, and a lone surrogate none in UTF-8 either.
-    if not text.isprintable() or len(text.encode()) > MAX_PATH_BYTES:
-        raise RankMonitorClientError(
-            f"checkpoint {text[:80]!r}: the path must be printable, and have {MAX_PATH_BYTES} bytes at most"
-        )
-    number = None if step is None else operator.index(step)  # numpy and torch have integers of their own
-    if number is not None and not 0 <= number < 2**63:
-        raise RankMonitorClientError(f"checkpoint {text}: step {step} must be 0 or more")
-    return Checkpoint(text, number)
 
 
 def _close(descriptor: int) -> None:

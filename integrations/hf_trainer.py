@@ -13,7 +13,8 @@ from transformers.trainer_callback import TrainerCallback
 from ft_launcher import NoMonitorClient, RankMonitorClient, connect
 from ft_launcher.integrations import progress
 from ft_launcher.integrations.progress import Heartbeats, Sections, Seen, StateFile
-from ft_launcher.rank_monitor_client import SOCKET_ENV, checkpoint_path
+from ft_launcher.rank_monitor_client import SOCKET_ENV
+from ft_launcher.rank_reports import checkpoint_path
 
 __all__ = ["FaultToleranceCallback", "last_checkpoint"]
 

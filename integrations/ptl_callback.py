@@ -14,7 +14,7 @@ from ft_launcher import NoMonitorClient, RankMonitorClient, WorkloadAction, Work
 from ft_launcher.integrations import progress
 from ft_launcher.integrations.progress import Heartbeats, Sections, Seen, StateFile
 from ft_launcher.integrations.simulated_faults import SimulatedFaultParams, simulate
-from ft_launcher.rank_monitor_client import checkpoint_path
+from ft_launcher.rank_reports import checkpoint_path
 
 __all__ = ["FaultToleranceCallback", "FaultToleranceSectionsCallback", "SimulatedFaultParams"]
 

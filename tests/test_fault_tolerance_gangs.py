@@ -120,7 +120,7 @@ def undisturbed(tmp_path_factory):
         return train(gang)
 
 
-LIMITS = Limits(ping_every=0.2, ping_timeout=1, missed_pings=2, calls={"train": 3})
+LIMITS = Limits(ping_every=0.2, ping_timeout=3, missed_pings=2, calls={"train": 15})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from ft_launcher.checkpoint.staging import Staging
 from ft_launcher.checkpoint.state import Stateful
 from ft_launcher.ladder import MAX_PATH_BYTES
 from ft_launcher.messages import WorkloadAction, WorkloadControlRequest
-from ft_launcher.rank_monitor_client import RankMonitorClient, checkpoint_path
+from ft_launcher.rank_monitor_client import RankMonitorClient
+from ft_launcher.rank_reports import checkpoint_path
 
 __all__ = ["CheckpointManager", "Restored"]
 
