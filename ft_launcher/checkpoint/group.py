@@ -34,6 +34,8 @@ class Ranks:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             if self.size > 1:
                 self.group = dist.new_group(backend="gloo", timeout=LIMIT)
+                # A rank that closes it at once would cut off those that are still connecting.
+                dist.barrier(group=self.group)
         elif (started := os.environ.get("WORLD_SIZE", "1")) != "1":
             raise CheckpointError(
                 f"WORLD_SIZE is {started}, but there is no process group; make the manager after init_process_group()"

@@ -75,6 +75,10 @@ def test_a_data_loader_with_workers_gives_the_samplers_samples_and_what_it_read_
     assert len(loaded) == 16
 
 
+def test_a_rank_that_closes_its_manager_at_once_cuts_off_no_other_that_still_opens_it(forks, directory):
+    assert forks.ranks("open_again_and_again", 3, directory=directory).results() == [[], [], []]
+
+
 # -- one rank is in trouble -----------------------------------------------------------------------------------------
 
 
