@@ -26,7 +26,7 @@ class HealthMonitor:
         self._watched = tuple(watched)
         self._config, self._metrics = config, metrics
         self._is_on = config.enable_fault_tolerance and config.enable_health_monitoring
-        self._next = config.health_check_interval
+        self._last = 0
 
     def look(self) -> dict[str, bool]:
         """Ask all of them, side by side: which roles are healthy. It takes at most the longest `ping_timeout`."""
@@ -37,9 +37,11 @@ class HealthMonitor:
         return health
 
     def step(self, step: int) -> dict[str, float]:
-        """Emit the metrics of this step, and give them; with health, when `health_check_interval` steps have passed."""
-        is_due = self._is_on and step >= self._next
-        if is_due:
-            interval = self._config.health_check_interval
-            self._next += interval * ((step - self._next) // interval + 1)
+        """Emit the metrics of this step, and give them; with health in the first step of each `health_check_interval`.
+
+        A training may go back to earlier steps: intervals that it comes through again have their look again.
+        """
+        interval = self._config.health_check_interval
+        is_due = self._is_on and step // interval != self._last // interval
+        self._last = step
         return self._metrics.emit(step, self.look() if is_due else None)

@@ -23,7 +23,7 @@ SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "h
 PLACES: dict[str, Any] = {"num_cpus": 0, "resources": {"place": 2}, "object_store_memory": 80 * 2**20}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head, and one node with two places."""
     directory = tempfile.mkdtemp(prefix="r", dir="/tmp")
