@@ -116,17 +116,19 @@ class Meeting:
         *,
         token: bytes | None,
         is_host: bool | None = None,
+        joins_only: bool = False,
         placement_path: str = "",
         on_lease: Callable[[float], None] | None = None,
     ) -> None:
         """`is_host`: whether this node is the first endpoint's; None: find out by the addresses of this machine.
 
+        `joins_only`: this node comes to a job that is there already, and must not begin it a second time.
         `on_lease`: called with the instant up to which the workers of this node may go on.
         """
         self._on_lease = on_lease
         self._run_id, self._endpoints, self._node, self._settings = run_id, list(endpoints), node, settings
         self._beats, self._token, self._is_host = beats, token, is_host
-        self._placement_path = placement_path
+        self._joins_only, self._placement_path = joins_only, placement_path
         job_token = derive_token(token, run_id)
         self._seal = Seal(job_token)
         self._prefix = prefix(job_token, run_id)
@@ -147,7 +149,7 @@ class Meeting:
         self._addresses.clear()
         self._mine.clear()
         began = self._said_at = time.monotonic()
-        limit = self._limit(lost)
+        limit = self._limit(lost, memory)
         delay = RETRY_SECONDS[0]
         while True:
             looks = [look for index in order if (look := self._look(index)) is not None]
@@ -188,10 +190,13 @@ class Meeting:
 
     # -- searching ------------------------------------------------------------------------------------------------
 
-    def _limit(self, lost: int | None) -> float:
+    def _limit(self, lost: int | None, memory: Memory | None) -> float:
+        timing = self._settings.timing
+        if memory is None and self._joins_only:
+            return timing.failover_timeout  # in which a job that lives has found another host
         if lost is None:
-            return self._settings.timing.join_timeout
-        return REJOIN_SECONDS if len(self._endpoints) == 1 else self._settings.timing.failover_timeout
+            return timing.join_timeout
+        return REJOIN_SECONDS if len(self._endpoints) == 1 else timing.failover_timeout
 
     def _best(self, looks: list[_Look], memory: Memory | None) -> _Look | None:
         # A host older than what this node remembers has been left by the others, too.
@@ -265,6 +270,8 @@ class Meeting:
         return Attended(link, node, host, self._endpoints[look.endpoint], title)
 
     def _host_if_mine(self, order: list[int], elapsed: float, memory: Memory | None) -> Attended | None:
+        if memory is None and self._joins_only:
+            return None
         for position, index in enumerate(order):
             if elapsed < position * PATIENCE or not self._is_mine(index):
                 continue
@@ -379,6 +386,11 @@ class Meeting:
         return "; ".join(f"{self._endpoints[index]}: {why}" for index, why in sorted(self._why.items()))
 
     def _nobody(self, lost: int | None, elapsed: float) -> HostLost | TooFewNodes:
+        if lost is None and self._joins_only:
+            return TooFewNodes(
+                f"no job was met at --rdzv-endpoint within {elapsed:.0f} s: {self._complaints()}; joins_only of"
+                " --rdzv-conf keeps this node from beginning one"
+            )
         if lost is None:
             mine = [str(self._endpoints[index]) for index in self._mine if self._mine[index]]
             own = f"; of the endpoints, {', '.join(mine)} is this machine's" if mine else "; none is on this machine"

@@ -75,7 +75,7 @@ GOODBYE_SECONDS = 5.0
 
 KNOWN_KEYS = {
     *("last_call_timeout", "join_timeout", "min_uptime", "failover_timeout", "keep_alive_interval"),
-    *("keep_alive_max_attempt", "is_host", "upscaling_enabled"),
+    *("keep_alive_max_attempt", "is_host", "joins_only", "upscaling_enabled"),
     # torchrun's and nvidia-resiliency-ext's, for which there is no use here
     *("timeout", "rank", "close_timeout", "read_timeout", "heartbeat_timeout", "store_type", "use_libuv"),
     *("store_connect_wait_seconds", "replacement_group_size"),
@@ -208,6 +208,7 @@ def _of_nodes(
         Beats(interval=interval, limit=interval * attempts),
         token=terms.token,
         is_host=is_host,
+        joins_only=parameters.get_as_bool("joins_only") is True,
         placement_path=terms.placement_path,
         # The launcher sees at the same moment that its host is lost, and stops them itself unless it is frozen.
         on_lease=lambda until: handler.on_lease(until + interval / 4),

@@ -7,9 +7,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from ft_launcher import processes
+from ft_launcher import processes, warden
 from ft_launcher.causes import from_returncode, sentence
-from ft_launcher.engines import warden
 from ft_launcher.engines.spec import EngineSpec
 
 __all__ = ["EngineProcess"]

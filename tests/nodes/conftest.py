@@ -4,17 +4,15 @@ import fcntl
 import json
 import os
 import re
-import secrets
-import socket
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from tests.conftest import Running, Sandbox
+from tests.conftest import Running, Sandbox, free_port
 from tests.nodes.hosts import Host, network
 
 TRAINER = str(Path(__file__).with_name("trainer.py"))
@@ -255,19 +253,10 @@ def job(sandbox: Sandbox, hosts: list[Host]) -> Iterator[Job]:
 def local_job(sandbox: Sandbox) -> Iterator[Job]:
     """A job of three nodes on this machine: for tests in which no network is cut, and for users who are not root."""
     with ExitStack() as stack:
-        ports = [_free_port() for _ in range(3)]
+        ports = [free_port() for _ in range(3)]
         job = Job(sandbox, [Machine(sandbox, f"node{number}") for number in (1, 2, 3)], ports)
         stack.callback(job.close)
         yield job
-
-
-def _free_port() -> int:
-    """Give a port that nobody has, and that the kernel gives to nobody who asks for any: theirs are above 32767."""
-    while True:
-        port = 20000 + secrets.randbelow(12000)
-        with suppress(OSError), socket.socket() as taken:
-            taken.bind(("127.0.0.1", port))
-            return port
 
 
 @pytest.fixture(scope="session")

@@ -200,6 +200,26 @@ def test_who_lost_the_last_endpoints_host_begins_again_with_the_first(nodes: Nod
     assert nodes.attend(A, B, lost=1, memory=Memory(epoch=0, round=3, nodes=3)).where.host == A
 
 
+def test_who_may_only_join_begins_no_job_and_says_so(nodes: Nodes) -> None:
+    with pytest.raises(NobodyThereError) as caught:
+        nodes.attend(A, joins_only=True, timing=QUICK)
+    assert isinstance(caught.value.cause, TooFewNodes)
+    assert "no job was met at --rdzv-endpoint" in caught.value.cause.description
+    assert "joins_only" in caught.value.cause.description
+
+
+def test_who_may_only_join_joins_and_takes_the_jobs_host_over_when_it_is_lost(nodes: Nodes) -> None:
+    first = nodes.attend(A, B)
+    assert first.host is not None
+    second = nodes.attend(A, B, name="n1", joins_only=True)
+    assert (second.host, second.where) == (None, first.where)
+    memory = Memory(epoch=0, round=3, nodes=3)
+    third = nodes.attend(A, B, name="n2", lost=0, memory=memory, joins_only=True)
+    assert third.where.host in (A, B)
+    third = nodes.attend(C, lost=0, memory=memory, joins_only=True)
+    assert third.host is not None
+
+
 def test_a_host_whose_job_runs_goes_before_one_that_still_waits(nodes: Nodes) -> None:
     stores = [announce(A, nodes.port, said()), announce(B, nodes.port, said(round=4, epoch=1))]
     meeting = nodes.meeting(A, B)
