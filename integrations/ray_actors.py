@@ -12,7 +12,6 @@ from bisect import insort
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -20,11 +19,11 @@ from ray.exceptions import RayActorError
 from ft_launcher.integrations.ray_config import RayFaultToleranceConfig
 from ft_launcher.integrations.ray_gang import ActorGang, GangRestartedError, Rendezvous, torch_process_group
 from ft_launcher.integrations.ray_health import HealthMonitor
-from ft_launcher.integrations.ray_incarnation import Blueprint, End, Incarnation, Observer, RestartsExhaustedError
-from ft_launcher.integrations.ray_loop import Loop
+from ft_launcher.integrations.ray_incarnation import End, Incarnation, Observer
 from ft_launcher.integrations.ray_member import Hello, Init, fuse_roles, may_repeat, no_retry
 from ft_launcher.integrations.ray_metrics import ActorMetrics, to_json_lines, to_prometheus, to_tensorboard
-from ft_launcher.integrations.ray_policy import Budget, Call, Limits, Verdict, after_death
+from ft_launcher.integrations.ray_policy import Call, Limits, Verdict, after_death
+from ft_launcher.integrations.ray_supervised import RestartsExhaustedError, Supervised
 
 __all__ = [
     "ActorGang",
@@ -65,7 +64,7 @@ class _Sent:
         self.answer.set_running_or_notify_cancel()
 
 
-class SupervisedActor:
+class SupervisedActor(Supervised[None]):
     """One actor that stands for itself, over all its incarnations. Its methods may be used from any thread."""
 
     def __init__(
@@ -89,21 +88,13 @@ class SupervisedActor:
         `config`: None is `RayFaultToleranceConfig.resolve()`. `limits`: when it is taken for hung. `poison_after`: the
         number of processes that one call may end. Raises UsageError.
         """
-        self._config = RayFaultToleranceConfig.resolve() if config is None else config
-        self._class, self._args, self._kwargs, self._init = cls, args, dict(kwargs or {}), init
-        self._blueprint = Blueprint(cls, options)
-        self.role = role or cls.__name__
-        self._limits = (limits or Limits()).heeding(self._config)
-        self._metrics = metrics or ActorMetrics()
+        super().__init__(cls, options or {}, role, config, limits, metrics)
+        self._args, self._kwargs, self._init = args, dict(kwargs or {}), init
         self._poison_after = poison_after
-        self._budget = Budget.of(self._config)
         self._numbers = itertools.count()
         self._waiting: list[_Sent] = []  # in the order of their numbers
         self._in_flight: list[_Sent] = []
-        self._ended: Exception | None = None
         self._current: Incarnation | None = None
-        self._ready: Future[None] = Future()
-        self._loop = Loop(f"ft-ray-{self.role}")
         self._loop.post(self._start)
 
     # -- for any thread -------------------------------------------------------------------------------------------
@@ -121,10 +112,6 @@ class SupervisedActor:
         sent = _Sent(next(self._numbers), Call(method, may_repeat(self._class, method)), args, kwargs)
         self._loop.post(partial(self._enqueue, sent))
         return sent.answer
-
-    def ready(self, timeout: float | None = None) -> None:
-        """Wait until it has been initialised once; at most `timeout` seconds. Raises TimeoutError, or why it ended."""
-        self._ready.result(timeout)
 
     def check(self) -> "Future[bool]":
         """Ask it now how it is. The future is True when it is initialised and has answered."""
@@ -147,11 +134,6 @@ class SupervisedActor:
         return current is not None and current.end is None and current.vitals.is_healthy
 
     @property
-    def restarts(self) -> int:
-        """How often it has been started again."""
-        return self._budget.used
-
-    @property
     def pid(self) -> int | None:
         """Of the present process; None while there is none that is initialised."""
         current = self._current
@@ -162,19 +144,6 @@ class SupervisedActor:
         """Ray's handle of the present incarnation, for what cannot be called through here; None while there is none."""
         current = self._current
         return None if current is None else current.handle
-
-    def close(self) -> None:
-        """End the actor; what was not answered raises RayActorError."""
-        self._loop.post(self._close)
-        self._loop.close()
-
-    def __enter__(self) -> "SupervisedActor":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- in the loop ----------------------------------------------------------------------------------------------
 
@@ -198,30 +167,15 @@ class SupervisedActor:
     def _on_end(self, incarnation: Incarnation, end: End) -> None:
         if self._ended is not None:
             return
-        self._metrics.failed(self.role)
         incarnation.ran = len(self._in_flight)
         names = dict.fromkeys(repr(sent.call.method) for sent in self._in_flight)
         running = f", with {' and '.join(names)}" if names else ""
         pid = "not initialised yet" if incarnation.hello is None else f"pid {incarnation.hello.pid}"
         what = f"{self.role} ({pid}{running}): {end.reason}"
         never_ran = end.raised and not self._ready.done()
-        if end.is_final or never_ran:
-            logger.error("%s", what)
-            self._give_up(end.error)
-        elif not self._budget.spend():
-            logger.error("%s; no restart left of %d", what, self._budget.limit)
-            exhausted = RestartsExhaustedError(error_msg=f"{what}; no restart left of {self._budget.limit}")
-            exhausted.__cause__ = end.error
-            self._give_up(exhausted)
-        else:
-            logger.error("%s; %s", what, self._budget)
-            self._metrics.restarted(self.role)
-            self._start()
+        self._was_lost(what, end.error, end.error if end.is_final or never_ran else None)
 
-    def _give_up(self, error: Exception) -> None:
-        self._ended = error
-        if not self._ready.done():
-            self._ready.set_exception(error)
+    def _fail_calls(self, error: Exception) -> None:
         waiting, self._waiting = self._waiting, []
         for sent in waiting:
             sent.answer.set_exception(error)
@@ -279,13 +233,8 @@ class SupervisedActor:
         else:
             sent.answer.set_exception(error if self._ended is None else self._ended)
 
-    def _close(self) -> None:
-        closed = RayActorError(error_msg=f"{self.role}: closed")
-        self._ended = self._ended or closed
+    def _kill(self) -> None:
+        # What is in flight is not answered any more.
+        self._waiting, self._in_flight = [*self._in_flight, *self._waiting], []
         if self._current is not None:
             self._current.kill("closed")
-        if not self._ready.done():
-            self._ready.set_exception(closed)
-        for sent in (*self._waiting, *self._in_flight):
-            sent.answer.set_exception(closed)
-        self._waiting, self._in_flight = [], []

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -22,11 +21,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ft_launcher.errors import UsageError
 from ft_launcher.integrations.ray_config import RayFaultToleranceConfig
-from ft_launcher.integrations.ray_incarnation import Blueprint, End, Incarnation, Observer, RestartsExhaustedError
-from ft_launcher.integrations.ray_loop import Loop
+from ft_launcher.integrations.ray_incarnation import End, Incarnation, Observer
 from ft_launcher.integrations.ray_member import Address, Hello
 from ft_launcher.integrations.ray_metrics import ActorMetrics
-from ft_launcher.integrations.ray_policy import Budget, Limits
+from ft_launcher.integrations.ray_policy import Limits
+from ft_launcher.integrations.ray_supervised import Supervised
 
 __all__ = ["ActorGang", "GangRestartedError", "Rendezvous", "torch_process_group"]
 
@@ -95,7 +94,7 @@ class _Sent:
         self.answer.set_running_or_notify_cancel()
 
 
-class ActorGang:
+class ActorGang(Supervised[int]):
     """All members of one group, over all its restarts. Its methods may be used from any thread."""
 
     def __init__(
@@ -125,17 +124,12 @@ class ActorGang:
         """
         if size < 1:
             raise UsageError(f"size={size}: must be 1 or more")
-        self._config = RayFaultToleranceConfig.resolve() if config is None else config
         bundle = {"CPU": 1.0} if bundle is None else dict(bundle)
-        self._blueprint = Blueprint(cls, {**_options_for(bundle), **(options or {})})
-        self.role = role or cls.__name__
+        super().__init__(cls, {**_options_for(bundle), **(options or {})}, role, config, limits, metrics)
         self.size = size
-        self._class, self._args, self._kwargs = cls, args, dict(kwargs or {})
+        self._args, self._kwargs = args, dict(kwargs or {})
         self._begin = partial(_begin, setup, restore)
         self._bundle, self._strategy = bundle, strategy
-        self._limits = (limits or Limits()).heeding(self._config)
-        self._metrics = metrics or ActorMetrics()
-        self._budget = Budget.of(self._config)
         self._group: PlacementGroup | None = None
         self._members: list[Incarnation] = []
         self._addresses: dict[int, Address] = {}
@@ -144,9 +138,6 @@ class ActorGang:
         self._in_flight: list[_Sent] = []
         self._untold: list[_Sent] = []
         self._lost: str | None = None  # why, as long as nobody has been told
-        self._ended: Exception | None = None
-        self._ready: Future[int] = Future()
-        self._loop = Loop(f"ft-ray-{self.role}")
         self._loop.post(self._start)
 
     # -- for any thread -------------------------------------------------------------------------------------------
@@ -176,13 +167,6 @@ class ActorGang:
             except GangRestartedError as restarted:
                 step = restarted.step
 
-    def ready(self, timeout: float | None = None) -> int:
-        """Wait until it has been set up once, at most `timeout` seconds: the step to start from.
-
-        Raises TimeoutError, or why it ended.
-        """
-        return self._ready.result(timeout)
-
     def check(self) -> "Future[bool]":
         """Ask all members now how they are. The future is True when all are initialised and have answered."""
         answer: Future[bool] = Future()
@@ -211,27 +195,9 @@ class ActorGang:
         return bool(members) and all(each.end is None and each.vitals.is_healthy for each in members)
 
     @property
-    def restarts(self) -> int:
-        """How often it has been started again."""
-        return self._budget.used
-
-    @property
     def pids(self) -> list[int | None]:
         """Of the present processes, by rank; None for one that is not initialised."""
         return [None if each.hello is None else each.hello.pid for each in self._members]
-
-    def close(self) -> None:
-        """End all members, and give back the placement group; what was not answered raises RayActorError."""
-        self._loop.post(self._close)
-        self._loop.close()
-
-    def __enter__(self) -> "ActorGang":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- in the loop ----------------------------------------------------------------------------------------------
 
@@ -295,27 +261,12 @@ class ActorGang:
         members, self._members = self._members, []
         for member in members:
             member.kill("a member of its gang is lost")
-        self._metrics.failed(self.role)
         self._untold += self._in_flight
         self._in_flight = []
         self._lost = what
-        if final is not None:
-            logger.error("%s", what)
-            self._give_up(final)
-        elif not self._budget.spend():
-            exhausted = RestartsExhaustedError(error_msg=f"{what}; no restart left of {self._budget.limit}")
-            exhausted.__cause__ = cause
-            logger.error("%s", exhausted)
-            self._give_up(exhausted)
-        else:
-            logger.error("%s; %s of all %d ranks", what, self._budget, self.size)
-            self._metrics.restarted(self.role)
-            self._start()
+        self._was_lost(what, cause, final, whole=f" of all {self.size} ranks")
 
-    def _give_up(self, error: Exception) -> None:
-        self._ended = error
-        if not self._ready.done():
-            self._ready.set_exception(error)
+    def _fail_calls(self, error: Exception) -> None:
         for sent in (*self._in_flight, *self._untold, *(each[0] for each in self._waiting)):
             sent.answer.set_exception(error)
         self._in_flight, self._untold, self._waiting = [], [], []
@@ -361,12 +312,10 @@ class ActorGang:
                 self._in_flight.remove(sent)
                 sent.answer.set_result([sent.results[rank] for rank in range(self.size)])
 
-    def _close(self) -> None:
+    def _kill(self) -> None:
         members, self._members = self._members, []
         for member in members:
             member.kill("closed")
-        if self._ended is None:
-            self._give_up(RayActorError(error_msg=f"{self.role}: closed"))
         if self._group is not None and ray.is_initialized():
             remove_placement_group(self._group)
             self._group = None

@@ -1,28 +1,21 @@
 """Looks at the health of all actors every so many training steps, and emits the metrics of each step."""
 
 from collections.abc import Iterable
-from concurrent.futures import Future
-from typing import Protocol
+from typing import Any
 
 from ft_launcher.integrations.ray_config import RayFaultToleranceConfig
 from ft_launcher.integrations.ray_metrics import ActorMetrics
+from ft_launcher.integrations.ray_supervised import Supervised
 
-__all__ = ["HealthMonitor", "Watched"]
-
-
-class Watched(Protocol):
-    """An actor or a gang."""
-
-    role: str
-
-    def check(self) -> "Future[bool]":
-        """Ask it now how it is."""
+__all__ = ["HealthMonitor"]
 
 
 class HealthMonitor:
     """Call `step` once in each training step. (What hangs is found without: each actor is pinged all the time.)"""
 
-    def __init__(self, watched: Iterable[Watched], config: RayFaultToleranceConfig, metrics: ActorMetrics) -> None:
+    def __init__(
+        self, watched: Iterable[Supervised[Any]], config: RayFaultToleranceConfig, metrics: ActorMetrics
+    ) -> None:
         self._watched = tuple(watched)
         self._config, self._metrics = config, metrics
         self._is_on = config.enable_fault_tolerance and config.enable_health_monitoring

@@ -19,7 +19,7 @@ from ft_launcher.integrations.ray_loop import Loop
 from ft_launcher.integrations.ray_member import GROUP, GROUP_THREADS, Address, Hello, Init, is_async, supervised
 from ft_launcher.integrations.ray_policy import Ailing, Limits, Pulse, Vitals
 
-__all__ = ["Blueprint", "End", "Incarnation", "Observer", "RestartsExhaustedError"]
+__all__ = ["Blueprint", "End", "Incarnation", "Observer"]
 
 _OURS = {
     "max_restarts": "set it in RayFaultToleranceConfig",
@@ -64,10 +64,6 @@ class Blueprint:
         if group is not None and hello.placement_group != group.id.hex():
             lost.append(f"placement group {group.id.hex()} (is in {hello.placement_group})")
         return ", ".join(lost)
-
-
-class RestartsExhaustedError(RayActorError):
-    """It has died, and its restarts are used up."""
 
 
 class End(NamedTuple):
