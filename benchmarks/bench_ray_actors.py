@@ -138,14 +138,13 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=2, help="members of the gang (%(default)s)")
     options = parser.parse_args()
     logging.getLogger("ft_launcher").setLevel(logging.CRITICAL)
-    directory = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    directory = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r", dir="/tmp")
     ray.init(
         "local",
         num_cpus=2 * options.size + 2,
         include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,
-        _temp_dir=directory,
     )
     try:
         import torch
