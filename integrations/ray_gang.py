@@ -233,7 +233,8 @@ class ActorGang(Supervised[int]):
             return
         steps = sorted(set(self._steps.values()))
         if len(steps) > 1:
-            self._lose(f"{self.role}: its members were restored at different steps: {self._steps}", None)
+            apart = ", ".join(f"rank {rank} at {step}" for rank, step in sorted(self._steps.items()))
+            self._lose(f"{self.role}: its members were restored at different steps: {apart}", None)
             return
         step = steps[0]
         if self._budget.used:
