@@ -127,7 +127,7 @@ def join_process_group(client: ft_launcher.RankMonitorClient) -> torch.device:
 
 def say(text: str) -> None:
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)  # in one piece: what the launcher says may come between
 
 
 def parse_options() -> argparse.Namespace:

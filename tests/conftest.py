@@ -1,27 +1,95 @@
 """What all tests share: real processes that cannot outlive their test, and waits that end with what was seen."""
 
 import os
+import secrets
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 MARK = "FT_TEST_RUN"
 """In the environment of everything that a test starts, so that nothing of it is missed, however it hides."""
 
-GENEROUS = 60.0
+GENEROUS = 120.0
 """Seconds after which a test gives up waiting for an event: machines are slow, but events come."""
+
+GROUPS = {
+    "tests/nodes/test_slurm.py": "slurm",  # which mostly waits
+    "tests/nodes/test_ray_": "ray",  # one Ray at a time is enough for two cores
+    "tests/test_fault_tolerance_": "ray",
+    "tests/processes/test_ray_": "ray",
+    "tests/integrations/test_ptl_training.py": "lightning",
+    "tests/integrations/test_hf.py": "hugging_face",
+    "tests/processes/test_checkpoint_crashes.py": "checkpoint_crashes",
+    "tests/processes/test_vllm.py": "vllm",
+}
+"""By beginnings of names: tests that one process runs one after the other, as they share what is expensive to make."""
+
+LONG = (
+    *("tests/test_example.py", "tests/processes/test_rl_toy.py", "tests/test_docs.py", "tests/integrations/"),
+    *("tests/nodes/", "tests/conformance/", "tests/processes/"),
+)
+"""Whose tests are the next to begin, so that none of them still runs when all others are done."""
+
+# Hypothesis would fail an example that took longer than 0.2 s, which on a busy machine any may take.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # A shell has its background jobs ignore these two, and what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the tests in three processes, unless the command line says how many (-n 0: in this one)."""
+    # Not in pytest's addopts: there it would be an error where xdist is turned off.
+    if config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
+        options = config.option
+        if options.numprocesses is None and not options.usepdb:
+            options.numprocesses = 3  # which keep two cores busy: half of the time, a test waits
+        if options.numprocesses and options.dist == "no":
+            options.dist, options.loadscopereorder = "loadgroup", False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process one test after the other, or a group of them."""
+    from xdist.scheduler.loadscope import LoadScopeScheduling  # type: ignore[import-untyped]  # it has no types
+
+    class Sharing(LoadScopeScheduling):  # type: ignore[misc]  # for the same reason
+        def _split_scope(self, nodeid: str) -> str:
+            return next((group for names, group in GROUPS.items() if nodeid.startswith(names)), nodeid)
+
+    return Sharing(config, log) if config.option.dist == "loadgroup" else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest begin first, where several processes share the tests; else their order is random."""
+    first = (*GROUPS, *LONG)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: next((at for at, each in enumerate(first) if item.nodeid.startswith(each)), 99))
+
+
+def free_port() -> int:
+    """Give a port that nobody has, and that the kernel gives to nobody who asks for any: theirs are above 32767."""
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with suppress(OSError), socket.socket() as taken:
+            taken.bind(("127.0.0.1", port))
+            return port
 
 
 def marked_processes(mark: str) -> list[int]:
@@ -127,7 +195,8 @@ class Sandbox:
         self.path = tmp_path
         self.temporary = tmp_path / "tmp"
         self.temporary.mkdir()
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("FT_", "PET_", "SLURM_"))}
+        foreign = ("FT_", "PET_", "SLURM_", "PYTEST_")
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self.env |= {
             MARK: self.mark,
             "TMPDIR": str(self.temporary),
@@ -162,7 +231,7 @@ class Sandbox:
         """Give the files that are still in the sandbox's temporary directory."""
         return sorted(str(path.relative_to(self.temporary)) for path in self.temporary.rglob("*"))
 
-    def assert_clean(self, seconds: float = 5.0) -> None:
+    def assert_clean(self, seconds: float = 20.0) -> None:
         """Fail unless everything has ended, and every temporary file is gone, within `seconds`."""
         left = wait_until_gone(marked_processes(self.mark), seconds)
         commands = [_command_line(pid) for pid in left]

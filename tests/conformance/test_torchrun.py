@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import run as torchrun
 
 from ft_launcher.launcher import get_args_parser
-from tests.conftest import Running, Sandbox
+from tests.conftest import Running, Sandbox, free_port
 
 LAUNCHERS = {"torchrun": "torch.distributed.run", "ft_launcher": "ft_launcher"}
 
@@ -82,12 +82,6 @@ def environment(worker: dict[str, Any]) -> dict[str, str]:
     return given
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 @pytest.fixture
 def both(sandbox: Sandbox):
     """Run one command line under each launcher; `{logs}` and `{port}` in it are each run's own."""
@@ -98,7 +92,7 @@ def both(sandbox: Sandbox):
             folder = sandbox.path / name
             (folder / "shown").mkdir(parents=True)
             (folder / "logs").mkdir()
-            port = free_port()
+            port = str(free_port())
             filled = [each.replace("{logs}", str(folder / "logs")).replace("{port}", port) for each in command]
             # Torch leaves files open, and directories behind; neither is what is compared.
             own = {"SHOW_IN": str(folder / "shown"), "PYTHONWARNINGS": "ignore"}
@@ -188,13 +182,16 @@ def test_logs_lie_in_the_same_places_with_the_same_contents(both, sandbox, how):
 
 
 RUN_PATH = """
-import os, sys
-print("in", __name__, "of", os.environ["RANK"], sys.argv[1:], flush=True)
-if "--wait" in sys.argv:
-    import time
-    while True:
-        time.sleep(1)
+import os, sys, time
+os.write(1, f"in {__name__} of {os.environ['RANK']} {sys.argv[1:]}\\n".encode())
+while "--wait" in sys.argv:
+    time.sleep(1)
 if "--fail" in sys.argv:
+    # Who fails first ends the other one, which is to have said its line.
+    said = os.environ["SHOW_IN"] + ".said."
+    open(said + os.environ["RANK"], "w").close()
+    while not os.path.exists(said + "0") or not os.path.exists(said + "1"):
+        time.sleep(0.01)
     raise ValueError("a known mistake")
 """
 

@@ -34,7 +34,7 @@ NEEDED = {
 }
 """The programs, by their packages in Debian."""
 
-PATIENCE = 100.0
+PATIENCE = 200.0
 """Seconds after which a test gives up waiting: Slurm takes 15 of them to see that a node is gone."""
 
 CONFIGURATION = """\

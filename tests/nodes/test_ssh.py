@@ -1,10 +1,9 @@
 """The script of configs/ssh, with an ssh that runs its commands on this machine."""
 
-import socket
 import sys
 from pathlib import Path
 
-from tests.conftest import GENEROUS, Sandbox, marked_processes, wait_until_gone
+from tests.conftest import GENEROUS, Sandbox, free_port, marked_processes, wait_until_gone
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TRAINER = str(Path(__file__).with_name("slurm_trainer.py"))
@@ -21,12 +20,6 @@ trap 'kill -HUP -- "-$session"' TERM INT HUP
 while kill -0 "$session" 2>/dev/null; do wait "$session"; code=$?; done
 exit "$code"
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def launch(sandbox: Sandbox, *arguments: str):

@@ -1,4 +1,4 @@
-"""What the nodes of a test train: a DDP training of a few steps that saves each one, or (--light) its mere steps.
+"""What the nodes of a test train: a few steps in data parallel, each one saved, or (--light) the mere steps.
 
 The result does not depend on how many ranks share a step's batch, beyond rounding. What a rank sees is in the
 journal, one file for each process; what it does is on its output, one line for each step. Before a step for which
@@ -167,29 +167,30 @@ class Steps:
 
 
 class Training:
-    """A small network in double precision, whose gradients DDP sums over all ranks."""
+    """A small network in double precision, whose gradients are summed over all ranks.
+
+    By hand: torch's DDP and its optimizers load its compiler, which takes half as long as all else that a rank loads.
+    """
 
     def __init__(self, directory: Path) -> None:
         import torch
         import torch.distributed as dist
-        from torch.nn.parallel import DistributedDataParallel
 
         torch.manual_seed(0)
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
         network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
         self.step = 0
         self._path = directory / "checkpoint.pt"
-        # Nobody writes it meanwhile: the first step needs all ranks, and DDP here below waits for them too.
+        self._torch, self._dist = torch, dist
+        self._network, self._parameters = network, list(network.parameters())
+        self._velocities = [torch.zeros_like(each) for each in self._parameters]
+        # Nobody writes it meanwhile: the first step needs all ranks.
         if self._path.exists():
             state = torch.load(self._path, weights_only=True)
             network.load_state_dict(state["network"])
-            optimizer.load_state_dict(state["optimizer"])
+            self._velocities = state["velocities"]
             self.step = state["step"]
-        self._torch, self._dist = torch, dist
-        self._network, self._optimizer = network, optimizer
-        self._model = DistributedDataParallel(network)
 
     def take_step(self) -> None:
         """Learn from this rank's share of the next batch; rank 0 saves the result."""
@@ -197,20 +198,19 @@ class Training:
         self.step += 1
         samples = torch.randn(BATCH, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(self.step))
         mine = samples[dist.get_rank() :: dist.get_world_size()]
-        self._optimizer.zero_grad()
-        errors = self._model(mine[:, :8]) - mine[:, 8:]
-        # DDP takes the mean over the ranks; of the sums, so that unequal shares weigh as much as they should.
-        (errors.square().sum() * dist.get_world_size() / BATCH).backward()
-        self._optimizer.step()
+        # The sum, not the mean of each rank's, so that unequal shares weigh as much as they should.
+        error = (self._network(mine[:, :8]) - mine[:, 8:]).square().sum() / BATCH
+        gradients = torch.autograd.grad(error, self._parameters)
+        with torch.no_grad():
+            for parameter, velocity, gradient in zip(self._parameters, self._velocities, gradients, strict=True):
+                dist.all_reduce(gradient)
+                velocity.mul_(0.9).add_(gradient)
+                parameter.sub_(velocity, alpha=0.05)
         if dist.get_rank() == 0:
             self._save()
 
     def _save(self) -> None:
-        state = {
-            "network": self._network.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "step": self.step,
-        }
+        state = {"network": self._network.state_dict(), "velocities": self._velocities, "step": self.step}
         # Also a rank 0 of a round that should be over writes into a file of its own.
         temporary = self._path.with_suffix(f".{os.getpid()}")
         self._torch.save(state, temporary)
@@ -219,7 +219,7 @@ class Training:
     def finish(self) -> None:
         """Let rank 0 write the parameters down."""
         if self._dist.get_rank() == 0:
-            parameters = [each for tensor in self._network.parameters() for each in tensor.detach().flatten().tolist()]
+            parameters = [each for tensor in self._parameters for each in tensor.detach().flatten().tolist()]
             final = self._path.with_name("final.json")
             final.with_suffix(".part").write_text(json.dumps(parameters))
             final.with_suffix(".part").replace(final)

@@ -35,7 +35,7 @@ from ft_launcher.messages import (
 )
 from ft_launcher.rank_monitor_client import SOCKET_ENV, STACK_SIGNAL, RankMonitorClient
 
-GENEROUS = 60.0
+GENEROUS = 120.0
 """Seconds for what must happen at once: only a broken test waits for them."""
 
 HELLO = encode(Hello(protocol=PROTOCOL, stack_signal=0))

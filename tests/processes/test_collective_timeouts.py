@@ -30,7 +30,7 @@ for step in range(3):
         if step == 1 and dist.get_rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             threading.Event().wait()  # it sleeps
         dist.all_reduce(torch.ones(1))
-print(f"rank {dist.get_rank()} is done")
+print(f"rank {dist.get_rank()} is done\\n", end="")
 dist.destroy_process_group()
 client.shutdown_workload_monitoring()
 sys.stdout.flush()

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import urllib.error
@@ -16,15 +15,10 @@ import pytest
 pytest.importorskip("aiohttp", reason="needs the extra engines")
 
 from ft_launcher.engines import EngineError, EngineEvent, SglangRouter, State, VllmRouter
-from tests.conftest import Sandbox
+from tests.conftest import Sandbox, free_port
 from tests.processes.test_engines import FAKE, Events, ask, ask_to_die, load, spec, supervised
 
 WaitFor = Callable[[Callable[[], bool], str], None]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def answers(url: str) -> bool:

@@ -25,7 +25,7 @@ COMMAND = (sys.executable, "-m", "ft_launcher.engines.command")
 FILE = f"""
 health_check_first_wait: 1ms
 health_check_interval: 500ms
-health_check_timeout: 500ms
+health_check_timeout: 1s
 ready_interval: 50ms
 term_grace: 1s
 backoff_first: 50ms

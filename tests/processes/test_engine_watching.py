@@ -15,7 +15,7 @@ pytest.importorskip("aiohttp", reason="needs the extra engines")
 from ft_launcher.engines import EngineConfig, EngineMetrics, EngineSpec, EngineSupervisor, State, healthy, preset
 from ft_launcher.engines.fleet import Fleet, Probe, Register
 from ft_launcher.engines.probes import ProbeFunction, asked, open_session, seconds_for
-from tests.conftest import GENEROUS, Sandbox
+from tests.conftest import GENEROUS, Sandbox, free_port
 from tests.processes.test_engines import FAKE, ask, ask_to_die, load, spec, supervised
 
 WaitFor = Callable[[Callable[[], bool], str], None]
@@ -24,8 +24,7 @@ WaitFor = Callable[[Callable[[], bool], str], None]
 @pytest.fixture
 def engine(sandbox: Sandbox, wait_for: WaitFor) -> str:
     """The URL of a fake engine."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     sandbox.start(sys.executable, FAKE, str(port))
     url = f"http://127.0.0.1:{port}"
 
@@ -39,7 +38,7 @@ def engine(sandbox: Sandbox, wait_for: WaitFor) -> str:
     return url
 
 
-def problem(probe: ProbeFunction, url: str, seconds: float = 0.3) -> str:
+def problem(probe: ProbeFunction, url: str, seconds: float = GENEROUS) -> str:
     """Give what a probe finds within a deadline."""
 
     async def once() -> str:
@@ -62,7 +61,7 @@ def test_vllms_health_says_yes_while_generation_hangs_and_its_preset_does_not(en
     assert problem(probe, engine) == ""
     tell(engine, part)
     # Its own token of a moment ago is no sign of life: this is the very next look.
-    assert problem(probe, engine) == "no answer within 0.3 s"
+    assert problem(probe, engine, 0.3) == "no answer within 0.3 s"
     assert problem(healthy(), engine) == ""
 
 
@@ -72,7 +71,7 @@ def test_a_vllm_that_is_paused_or_asleep_is_not_asked_for_tokens(engine: str, re
     tell(engine, rest)
     assert problem(probe, engine) == ""
     tell(engine, "stall")
-    assert problem(probe, engine) == "no answer within 0.3 s"
+    assert problem(probe, engine, 0.3) == "no answer within 0.3 s"
 
 
 def test_a_vllm_whose_tokens_come_works_however_long_its_queue_is(engine: str) -> None:
@@ -80,10 +79,10 @@ def test_a_vllm_whose_tokens_come_works_however_long_its_queue_is(engine: str) -
     assert problem(probe, engine) == ""
     for _ in range(3):
         tell(engine, "busy")
-        assert problem(probe, engine, GENEROUS) == ""
+        assert problem(probe, engine) == ""
         # What came before a look is no sign of life in it.
         tell(engine, "stall")
-        assert problem(probe, engine) == "no answer within 0.3 s"
+        assert problem(probe, engine, 0.3) == "no answer within 0.3 s"
 
 
 def test_a_vllm_whose_worker_died_says_so_by_its_health(engine: str) -> None:
@@ -94,7 +93,7 @@ def test_a_vllm_whose_worker_died_says_so_by_its_health(engine: str) -> None:
 def test_sglang_is_asked_for_a_token_by_its_own_route(engine: str) -> None:
     assert problem(preset("sglang"), engine) == ""
     tell(engine, "stall")
-    assert problem(preset("sglang"), engine) == "no answer within 0.3 s"
+    assert problem(preset("sglang"), engine, 0.3) == "no answer within 0.3 s"
     assert problem(healthy(), engine) == ""
 
 

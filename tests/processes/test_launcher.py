@@ -375,7 +375,7 @@ import os
 from ft_launcher import RankMonitorClient
 with RankMonitorClient() as client:
     client.send_heartbeat()
-    print("connected at", os.environ["FT_RANK_MONITOR_IPC_SOCKET"], flush=True)
+    os.write(1, f"connected at {os.environ['FT_RANK_MONITOR_IPC_SOCKET']}\\n".encode())
 """
 
 

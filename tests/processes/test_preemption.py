@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Sandbox
+from tests.conftest import Sandbox, free_port
 
 TRAINER = str(Path(__file__).with_name("preempted_trainer.py"))
 
@@ -37,13 +36,6 @@ class Job:
     @property
     def checkpoint(self) -> int:
         return int(json.loads((self.directory / "checkpoint.json").read_text())["step"])
-
-
-def free_port() -> int:
-    """Give a port that nobody has now."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 @pytest.fixture
@@ -181,7 +173,7 @@ def test_a_warning_after_the_save_is_another_notice(job):
 
 
 def test_at_the_end_of_the_time_what_is_left_is_ended_and_named(job):
-    running = job.start("--stay", "--save-until", "never", "--save-at-once", "0", flags=("--term-timeout", "2"))
+    running = job.start("--stay", "--save-until", "never", "--save-at-once", "0", flags=("--term-timeout", "4"))
     running.wait_for("at step 5", count=2)
     running.send(signal.SIGTERM)
     assert running.wait() == 143, running.output
@@ -194,7 +186,7 @@ def test_at_the_end_of_the_time_what_is_left_is_ended_and_named(job):
 
 
 def test_at_the_end_of_the_time_a_job_that_has_saved_is_preempted_though_its_ranks_go_on(job):
-    running = job.start("--stay", flags=("--term-timeout", "2"))
+    running = job.start("--stay", flags=("--term-timeout", "4"))
     running.wait_for("at step 5", count=2)
     running.send(signal.SIGTERM)
     assert running.wait() == os.EX_TEMPFAIL, running.output
@@ -204,7 +196,7 @@ def test_at_the_end_of_the_time_a_job_that_has_saved_is_preempted_though_its_ran
 
 
 def test_a_warning_has_the_grace_that_the_configuration_gives_it(job):
-    running = job.start("--stay", flags=("--ft-preemption-grace", "2"))
+    running = job.start("--stay", flags=("--ft-preemption-grace", "4"))
     running.wait_for("at step 5", count=2)
     running.send(signal.SIGUSR1)
     assert running.wait() == os.EX_TEMPFAIL, running.output

@@ -16,7 +16,7 @@ import pytest
 from ft_launcher import exec_shim, processes, procfs
 from ft_launcher.processes import Process, Survivor, Tree, kill_tree
 
-GENEROUS = 30.0
+GENEROUS = 120.0
 """Seconds for what must happen at once: only a broken test waits for them."""
 
 MARK = "FT_TEST_FAMILY"

@@ -4,7 +4,7 @@ import random
 from itertools import permutations, product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -12,8 +12,6 @@ from ft_launcher.errors import UsageError
 from ft_launcher.ranks import Candidate, assign, choose, conflict, highest_rank, infra_rank, natural_key
 
 NODES = 6
-# A test on a busy machine is no failure; hypothesis would call an example of more than 0.2 s one.
-UNTIMED = settings(deadline=None)
 
 
 def node(number, *, infra=None, previous=None, name=None, pid=100, arrival=None):
@@ -64,7 +62,6 @@ def worlds(draw):
     ]
 
 
-@UNTIMED
 @given(worlds(), st.integers(1, 8), st.booleans())
 def test_ranks_are_0_to_k_minus_1_each_once_whatever_the_nodes_claim(nodes, max_nodes, by_infrastructure):
     chosen, spares = choose(nodes, max_nodes, by_infrastructure=by_infrastructure)
@@ -75,7 +72,6 @@ def test_ranks_are_0_to_k_minus_1_each_once_whatever_the_nodes_claim(nodes, max_
     assert sorted(ranks.values()) == list(range(len(chosen)))
 
 
-@UNTIMED
 @given(worlds(), st.integers(1, 8), st.booleans(), st.randoms(use_true_random=False))
 def test_the_order_of_the_input_changes_nothing(nodes, max_nodes, by_infrastructure, chance: random.Random):
     shuffled = chance.sample(nodes, len(nodes))
@@ -113,7 +109,6 @@ def test_who_had_a_place_and_lives_keeps_it_and_the_same_nodes_their_ranks(by_in
                 assert third == first
 
 
-@UNTIMED
 @given(
     st.lists(st.none() | st.integers(0, 9), min_size=1, max_size=8).map(
         # No number twice: the leader refuses that.
@@ -309,7 +304,6 @@ def test_numbers_in_names_are_sorted_as_numbers():
     assert sorted(["10.0.0.10", "10.0.0.9"], key=natural_key) == ["10.0.0.9", "10.0.0.10"]
 
 
-@UNTIMED
 @given(st.lists(st.text("ab01-.\u0661\n", max_size=5) | st.text(max_size=5), max_size=3))
 def test_the_natural_order_of_names_is_total(names):
     for one, other in product(names, repeat=2):
@@ -317,7 +311,6 @@ def test_the_natural_order_of_names_is_total(names):
         assert (natural_key(one) < natural_key(other)) + (natural_key(other) < natural_key(one)) == (one != other)
 
 
-@UNTIMED
 @given(st.text("ab-.", max_size=3), st.integers(0, 10**6), st.integers(0, 10**6), st.text("ab-.", max_size=3))
 def test_two_nodes_of_one_series_are_in_the_order_of_their_numbers(prefix, one, other, suffix):
     ordered = natural_key(f"{prefix}{one}{suffix}") < natural_key(f"{prefix}{other}{suffix}")
