@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +100,9 @@ def why_not() -> str:
 
 
 def mark() -> None:
-    """Say that a region begins, or ends; for what is traced."""
-    os.kill(os.getpid(), signal.SIGSTOP)
+    """Say that a region begins, or ends; for what is traced, in its first thread."""
+    # To this thread: what is sent to the process may be taken by any thread of it that comes from a stop of its own.
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 def trace(work: Callable[[], object], directory: Path, faults: Sequence[Fault | None]) -> tuple[int, list[list[Call]]]:
