@@ -98,14 +98,26 @@ class Incarnation:
         self._blueprint = blueprint
         self._loop, self._limits, self._observer = loop, limits, observer
         self._ping: object | None = None
+        self._is_constructed = False
+        self._when_constructed: list[Callable[[], None]] = []
         until_the_end = handle._ft_until_the_end.options(concurrency_group=GROUP).remote()  # noqa: SLF001
         self._ask(until_the_end, lambda _result, error: self._end_of(error))
+        # Answered as soon as the constructor is done, however long that takes.
+        self._ask(handle._ft_ping.options(concurrency_group=GROUP).remote(), self._constructed)  # noqa: SLF001
         if limits.start is not None:
             loop.later(limits.start, self._judge_start)
 
     def initialise(self, init: Init | None, environment: Mapping[str, str], *args: Any) -> None:
         """Have `init(instance, *args)` run in it; the observer is told when that is done."""
-        self._ask(self.handle._ft_init.remote(init, dict(environment), *args), self._initialised)  # noqa: SLF001
+
+        def begin() -> None:
+            self._ask(self.handle._ft_init.remote(init, dict(environment), *args), self._initialised)  # noqa: SLF001
+
+        # Not before: from the first answer on it is known whether it lives, in its initialisation too.
+        if self._is_constructed:
+            begin()
+        else:
+            self._when_constructed.append(begin)
 
     def locate(self, then: Callable[[Address], None]) -> None:
         """Ask it where it is; `then` follows, unless it ends before."""
@@ -118,7 +130,7 @@ class Incarnation:
 
     def ping(self, then: Callable[[], None] = lambda: None) -> None:
         """Ask it how it is, now; `then` follows once that is known."""
-        if self.end is not None or self.hello is None:
+        if self.end is not None or not self._is_constructed:
             then()
             return
         ping = self._ping = object()
@@ -161,6 +173,13 @@ class Incarnation:
         # Ray calls back in a thread of its own, in which little may be done.
         ref.future().add_done_callback(lambda future: self._loop.post(partial(_deliver, future, done)))
 
+    def _constructed(self, pulse: Pulse | None, _error: Exception | None) -> None:
+        if pulse is not None and self.end is None:
+            self._is_constructed = True
+            self._plan()
+            for do in self._when_constructed:
+                do()
+
     def _initialised(self, hello: Hello | None, error: Exception | None) -> None:
         if self.end is not None or isinstance(error, RayActorError):
             return
@@ -175,7 +194,6 @@ class Incarnation:
         else:
             self.hello = hello
             self.vitals.ready(time.monotonic())
-            self._plan()
             self._observer.ready(self, hello)
 
     def _kill(self) -> None:

@@ -64,7 +64,6 @@ class _Life:
     def __init__(self) -> None:
         self.is_initialised = False
         self.running: dict[object, tuple[str, float]] = {}
-        self.finished = 0
 
     @contextmanager
     def doing(self, method: str) -> Iterator[None]:
@@ -74,12 +73,11 @@ class _Life:
             yield
         finally:
             del self.running[key]
-            self.finished += 1
 
     def pulse(self) -> Pulse:
         now = time.monotonic()
         running = tuple((method, now - since) for method, since in list(self.running.values()))
-        return Pulse(os.getpid(), self.is_initialised, running, self.finished)
+        return Pulse(os.getpid(), self.is_initialised, running)
 
     def hello(self, result: Any) -> Hello:
         self.is_initialised = True

@@ -83,8 +83,6 @@ class Pulse(Struct, frozen=True):
     is_initialised: bool
     running: tuple[tuple[str, float], ...]
     """The methods that it runs, each with the seconds since it began."""
-    finished: int
-    """How many calls it has finished: who has progressed, has a larger number."""
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -149,15 +147,13 @@ class Vitals(Struct):
         return None
 
     def overdue(self, now: float, limits: Limits) -> Ailing | None:
-        """Judge one that is not initialised yet, and answers no pings."""
+        """Judge one that is not initialised yet."""
         if self.ready_at is not None or limits.start is None or now - self.created_at < limits.start:
             return None
         return Ailing(f"not initialised after {now - self.created_at:.1f} s, its limit is {limits.start:g} s")
 
     def next_look(self, now: float, limits: Limits) -> float | None:
         """Give the moment at which a limit runs out, by what is known now; None: there is none."""
-        if self.ready_at is None:
-            return None if limits.start is None else self.created_at + limits.start
         running = self.pulse.running if self.pulse is not None else ()
         left = [limit - seconds for method, seconds in running if (limit := limits.of(method)) is not None]
         return now + max(0.0, min(left)) if left else None

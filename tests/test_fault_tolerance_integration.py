@@ -342,6 +342,17 @@ def test_a_call_past_its_limit_is_ended_and_sent_again(notes):
         assert actor.restarts == 1
 
 
+def test_a_process_that_is_stopped_in_its_initialisation_is_replaced(notes):
+    def stop_once(worker, restart):
+        if restart == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        load(worker, restart)
+
+    with supervise(notes, init=stop_once, limits=OFTEN) as actor:
+        assert actor.call("read") == 42
+        assert actor.restarts == 1
+
+
 def test_a_start_past_its_limit_is_ended_and_tried_again(notes):
     def hang_once(worker, restart):
         if restart == 0:
